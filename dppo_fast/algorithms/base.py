@@ -1,0 +1,45 @@
+"""What the trainer asks of an algorithm."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import nn
+
+from dppo_fast.buffer import RolloutBuffer
+from dppo_fast.types import Actor, Metrics
+
+
+class Algorithm(ABC):
+    """How to learn. ``actor`` decides, ``buffer`` receives what the trainer collects, ``update`` learns from it.
+
+    ``deployed`` names the one of ``modules()`` whose weights evaluation and fine-tuning start from.
+    """
+
+    actor: Actor
+    buffer: RolloutBuffer | None = None
+    deployed: str = "policy"
+
+    @abstractmethod
+    def steps_to_collect(self, iteration: int) -> int:
+        """Decisions per env to collect before this iteration's update; 0 learns offline."""
+
+    @abstractmethod
+    def update(self, iteration: int) -> Metrics:
+        """Learn for one iteration."""
+
+    @abstractmethod
+    def step_schedules(self, iteration: int) -> None:
+        """Advance the learning rates by one iteration; called once per iteration, also after one without an update."""
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules whose weights a checkpoint holds, by name."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the modules' weights that an exact continuation needs."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

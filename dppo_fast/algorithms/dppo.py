@@ -1,0 +1,116 @@
+"""Diffusion policy policy optimisation (Ren et al. 2024, arXiv 2409.00588): PPO over denoising steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dppo_fast.algorithms.ppo import PPO, PPOConfig
+from dppo_fast.buffer import RolloutBuffer
+from dppo_fast.optim import LRConfig, Trainable
+from dppo_fast.policies.diffusion import DiffusionPolicy
+
+
+@dataclass(frozen=True)
+class DPPOConfig(PPOConfig):
+    """``clip_ploss_coef_base`` and ``_coef`` are the clip ranges at the earliest and last fine-tuned step.
+
+    Every ``ft_denoising_steps_t`` iterations ``ft_denoising_steps_d`` fewer steps are fine-tuned (0: never). The sampling
+    std's floor moves linearly to ``min_sampling_denoising_std_final`` over ``min_sampling_denoising_std_iterations``.
+    """
+
+    gamma_denoising: float = 0.99
+    clip_ploss_coef_base: float = 1e-3
+    clip_ploss_coef_rate: float = 3.0
+    ft_denoising_steps_d: int = 0
+    ft_denoising_steps_t: int = 0
+    min_sampling_denoising_std_final: float | None = None
+    min_sampling_denoising_std_iterations: int = 0
+    eta_lr: float = 1e-3
+    eta_lr_scheduler: LRConfig = field(default_factory=LRConfig)
+    eta_weight_decay: float = 0.0
+    eta_update_interval: int = 1
+
+
+class DPPO(PPO):
+    """PPO whose parts are the F fine-tuned denoising steps; k = 0 is the earliest.
+
+    Advantages are discounted by gamma_denoising^(F-1-k); the clip range grows exponentially with k.
+    """
+
+    policy: DiffusionPolicy
+    config: DPPOConfig
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        critic: nn.Module,
+        config: DPPOConfig,
+        buffer: RolloutBuffer,
+        bootstrap_truncated: bool = True,
+    ) -> None:
+        super().__init__(policy, critic, config, buffer, bootstrap_truncated)
+        self.initial_min_sampling_std = policy.min_sampling_std
+        self.minibatches = 0
+        if policy.config.learn_eta:
+            assert policy.eta is not None
+            self.trainables["eta"] = Trainable(
+                policy.eta.parameters(), config.eta_lr, config.eta_lr_scheduler, config.eta_weight_decay
+            )
+        self._build_tables()
+
+    def clip_range(self, k: Tensor) -> Tensor:
+        return self.clip_table[k]
+
+    def advantage_weight(self, k: Tensor) -> Tensor:
+        return self.discount_table[k]
+
+    def optimize(self, iteration: int, stop: Tensor) -> None:
+        super().optimize(iteration, stop)
+        if "eta" in self.trainables and iteration >= self.config.n_critic_warmup_itr:
+            if self.minibatches % self.config.eta_update_interval == 0:
+                self.trainables["eta"].step(stop)
+            self.minibatches += 1
+
+    def step_schedules(self, iteration: int) -> None:
+        super().step_schedules(iteration)
+        if "eta" in self.trainables and iteration >= self.config.n_critic_warmup_itr:
+            self.trainables["eta"].schedule.step()
+
+    def after_update(self, iteration: int) -> None:
+        """Anneal F and the sampling std for the next iteration."""
+        c, policy = self.config, self.policy
+        if c.ft_denoising_steps_d and c.ft_denoising_steps_t and (iteration + 1) % c.ft_denoising_steps_t == 0:
+            policy.set_ft_steps(max(policy.ft_steps - c.ft_denoising_steps_d, 1))
+            self._build_tables()
+        if c.min_sampling_denoising_std_final is not None:
+            share = min((iteration + 1) / max(c.min_sampling_denoising_std_iterations, 1), 1.0)
+            start = self.initial_min_sampling_std
+            policy.min_sampling_std = start + (c.min_sampling_denoising_std_final - start) * share
+
+    def _build_tables(self) -> None:
+        c, F = self.config, self.policy.ft_steps
+        k = torch.arange(F, device=self.device)
+        self.discount_table = c.gamma_denoising ** (F - 1 - k).float()
+        share = k / (F - 1) if F > 1 else torch.ones(1, device=self.device)
+        growth = torch.expm1(c.clip_ploss_coef_rate * share) / math.expm1(c.clip_ploss_coef_rate)
+        self.clip_table = c.clip_ploss_coef_base + (c.clip_ploss_coef - c.clip_ploss_coef_base) * growth
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "ft_steps": self.policy.ft_steps,
+            "min_sampling_std": self.policy.min_sampling_std,
+            "minibatches": self.minibatches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.policy.ft_steps = int(state["ft_steps"])
+        self.policy.min_sampling_std = float(state["min_sampling_std"])
+        self.minibatches = int(state["minibatches"])
+        self._build_tables()

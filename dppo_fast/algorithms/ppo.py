@@ -1,0 +1,252 @@
+"""Proximal policy optimisation over action chunks (Schulman et al. 2017); DPPO is built on it.
+
+A policy's decision has one or several scored parts (`Policy.decisions`): a Gaussian chunk is one, a denoising chain is F.
+Minibatches draw (decision, part) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dppo_fast.advantage import estimate_advantages, normalize_advantage
+from dppo_fast.algorithms.base import Algorithm
+from dppo_fast.buffer import RolloutBuffer
+from dppo_fast.kernels.ppo_loss import ppo_loss, value_loss
+from dppo_fast.kernels.reward_scaling import RewardScaler
+from dppo_fast.optim import LRConfig, Trainable
+from dppo_fast.policies.base import Policy
+from dppo_fast.types import Metrics, Obs, Record
+
+CPU_MICROBATCH = 1024
+"""Rows per forward and backward pass on a CPU: the activations of a 512-wide network then stay in its cache."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Hyperparameters; keys as in the reference.
+
+    ``batch_size`` counts (decision, part) pairs. ``microbatch_size`` splits a minibatch into pieces whose gradients are
+    summed, which changes memory and speed but not the result; None lets the device decide.
+    """
+
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    batch_size: int = 50000
+    update_epochs: int = 5
+    microbatch_size: int | None = None
+    actor_lr: float = 1e-4
+    actor_lr_scheduler: LRConfig = field(default_factory=LRConfig)
+    actor_weight_decay: float = 0.0
+    critic_lr: float = 1e-3
+    critic_lr_scheduler: LRConfig = field(default_factory=lambda: LRConfig(min_lr=1e-3))
+    critic_weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    n_critic_warmup_itr: int = 0
+    clip_ploss_coef: float = 0.01
+    clip_vloss_coef: float | None = None
+    norm_adv: bool = True
+    clip_advantage_lower_quantile: float = 0.0
+    clip_advantage_upper_quantile: float = 1.0
+    vf_coef: float = 0.5
+    ent_coef: float = 0.0
+    target_kl: float | None = None
+    reward_scale_running: bool = True
+    reward_scale_const: float = 1.0
+    use_bc_loss: bool = False
+    bc_loss_coeff: float = 0.0
+
+
+class Batch(NamedTuple):
+    """Everything of a rollout that minibatches index, one row per decision [M]."""
+
+    obs: Obs
+    record: Record
+    advantage: Tensor
+    returns: Tensor
+    value: Tensor
+
+
+class PPO(Algorithm):
+    """PPO with a state-value critic.
+
+    ``bootstrap_truncated=False`` reproduces the reference's advantages, which know no truncation.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        critic: nn.Module,
+        config: PPOConfig,
+        buffer: RolloutBuffer,
+        bootstrap_truncated: bool = True,
+    ) -> None:
+        self.actor = self.policy = policy
+        self.critic = critic
+        self.config = config
+        self.buffer: RolloutBuffer = buffer
+        self.bootstrap_truncated = bootstrap_truncated
+        self.reward_scaler = RewardScaler(buffer.num_envs) if config.reward_scale_running else None
+        self.device = buffer.device
+        self.generator: torch.Generator | None = None
+        self.permutation: Callable[[int], Tensor] = self._permutation
+        self.stop_on_host = self.device.type == "cpu"
+        c = config
+        self.trainables: dict[str, Trainable] = {
+            "actor": Trainable(
+                policy.trained().parameters(), c.actor_lr, c.actor_lr_scheduler, c.actor_weight_decay, c.max_grad_norm
+            ),
+            "critic": Trainable(critic.parameters(), c.critic_lr, c.critic_lr_scheduler, c.critic_weight_decay),
+        }
+
+    def steps_to_collect(self, iteration: int) -> int:
+        return self.buffer.num_steps
+
+    def update(self, iteration: int) -> Metrics:
+        """Several epochs of minibatches over the rollout.
+
+        Once approx_kl exceeds ``target_kl`` no further step is taken. On a GPU the host does not wait to learn of it: the
+        remaining minibatches run, and a flag on the device turns their optimizer steps off.
+        """
+        c = self.config
+        batch = self._prepare()
+        rows = self._learnable_rows()
+        parts = self.policy.decisions
+        pairs = len(rows) * parts
+        stop = torch.zeros((), device=self.device)
+        totals: dict[str, Tensor] = {}
+        count = torch.zeros((), device=self.device)
+        first: dict[str, Tensor] = {}
+        for _ in range(c.update_epochs):
+            order = self.permutation(pairs)
+            for start in range(0, max(pairs - c.batch_size, 0) + 1, c.batch_size):
+                pair = order[start : start + c.batch_size]
+                metrics = self.minibatch(batch, rows[pair // parts], pair % parts, iteration, stop)
+                first = first or metrics
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0) + value * (1 - stop)
+                count = count + (1 - stop)
+                if c.target_kl is not None:
+                    stop = torch.maximum(stop, (metrics["ppo/approx_kl"] > c.target_kl).float())
+                    if self.stop_on_host and stop:
+                        break
+            if self.stop_on_host and stop:
+                break
+        self.after_update(iteration)
+        return {
+            **{name: total / count for name, total in totals.items()},
+            "ppo/first_clip_fraction": first["ppo/clip_fraction"],
+            "ppo/minibatches": count,
+            "critic/explained_variance": 1 - (batch.returns - batch.value).var() / batch.returns.var(),
+            "critic/value": batch.value.mean(),
+        }
+
+    def minibatch(self, batch: Batch, row: Tensor, k: Tensor, iteration: int, stop: Tensor) -> dict[str, Tensor]:
+        """One optimizer step on pairs (``row``, ``k``), each [B]; a ``stop`` of 1 leaves all parameters alone."""
+        c = self.config
+        advantage = normalize_advantage(
+            batch.advantage[row], c.norm_adv, c.clip_advantage_lower_quantile, c.clip_advantage_upper_quantile
+        )
+        for trainable in self.trainables.values():
+            trainable.zero_grad()
+        metrics: dict[str, Tensor] = {}
+        size = c.microbatch_size or (CPU_MICROBATCH if self.device.type == "cpu" else len(row))
+        for rows_, k_, advantage_ in zip(row.split(size), k.split(size), advantage.split(size), strict=True):
+            share = len(rows_) / len(row)
+            loss, piece = self.loss(batch, rows_, k_, advantage_)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            for name, value in piece.items():
+                metrics[name] = metrics.get(name, 0) + value.detach() * share
+        self.optimize(iteration, stop)
+        return metrics
+
+    def loss(self, batch: Batch, row: Tensor, k: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss of pairs (``row``, ``k``) and its parts, all means over the pairs."""
+        c = self.config
+        obs = {name: value[row] for name, value in batch.obs.items()}
+        log_prob = self.policy.log_prob(obs, self.policy.select(batch.record, row, k), k)
+        clip, weight = self.clip_range(k), self.advantage_weight(k)
+        old_log_prob = batch.record["log_prob"][row, k]
+        policy = ppo_loss(log_prob, old_log_prob, advantage if weight is None else advantage * weight, clip)
+        value = value_loss(self.critic(obs), batch.returns[row], batch.value[row], c.clip_vloss_coef)
+        loss = policy.loss + c.vf_coef * value
+        metrics = {
+            "loss/policy": policy.loss,
+            "loss/value": value,
+            "ppo/approx_kl": policy.approx_kl,
+            "ppo/clip_fraction": policy.clip_fraction,
+            "ppo/ratio": policy.ratio,
+        }
+        if c.ent_coef:
+            entropy = self.policy.entropy(obs)
+            loss = loss - c.ent_coef * entropy
+            metrics["ppo/entropy"] = entropy
+        if c.use_bc_loss:
+            bc = self.policy.behaviour_cloning_loss(obs)
+            loss = loss + c.bc_loss_coeff * bc
+            metrics["loss/bc"] = bc
+        return loss, metrics
+
+    def clip_range(self, k: Tensor) -> Tensor:
+        """The ratio's clip range for parts ``k`` [B]; 0-d or [B]."""
+        return torch.as_tensor(self.config.clip_ploss_coef, device=k.device)
+
+    def advantage_weight(self, k: Tensor) -> Tensor | None:
+        """What multiplies the normalised advantage of parts ``k``."""
+        return None
+
+    def optimize(self, iteration: int, stop: Tensor) -> None:
+        """Step the critic, and after its warm-up the actor."""
+        if iteration >= self.config.n_critic_warmup_itr:
+            self.trainables["actor"].step(stop)
+        self.trainables["critic"].step(stop)
+
+    def after_update(self, iteration: int) -> None:
+        """A hook at the end of every update."""
+
+    def step_schedules(self, iteration: int) -> None:
+        if iteration >= self.config.n_critic_warmup_itr:
+            self.trainables["actor"].schedule.step()
+        self.trainables["critic"].schedule.step()
+
+    def _prepare(self) -> Batch:
+        c, buffer = self.config, self.buffer
+        reward = buffer.reward if self.reward_scaler is None else self.reward_scaler(buffer.reward, buffer.first)
+        estimates = estimate_advantages(
+            buffer, self.critic, reward * c.reward_scale_const, c.gamma, c.gae_lambda, self.bootstrap_truncated
+        )
+        return Batch(
+            {name: obs.flatten(0, 1) for name, obs in buffer.obs.items()},
+            {name: value.flatten(0, 1) for name, value in buffer.record.items()},
+            estimates.advantage.flatten(),
+            estimates.returns.flatten(),
+            estimates.value.flatten(),
+        )
+
+    def _learnable_rows(self) -> Tensor:
+        """Decisions [M'] to learn from: all, unless the simulator failed on some."""
+        if self.buffer.invalid:
+            return self.buffer.valid.flatten().nonzero().squeeze(-1)
+        return torch.arange(self.buffer.valid.numel(), device=self.device)
+
+    def _permutation(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self.generator, device=self.device)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy, "critic": self.critic}
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {name: trainable.state_dict() for name, trainable in self.trainables.items()}
+        if self.reward_scaler is not None:
+            state["reward_scaler"] = self.reward_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, trainable in self.trainables.items():
+            trainable.load_state_dict(state[name])
+        if self.reward_scaler is not None:
+            self.reward_scaler.load_state_dict(state["reward_scaler"])

@@ -1,0 +1,1 @@
+"""Noise schedules, sampling and likelihoods of diffusion policies; networks come in as arguments."""

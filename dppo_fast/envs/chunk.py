@@ -1,0 +1,249 @@
+"""Action chunks, observation history, time limits and NaN handling around any `Simulator`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dppo_fast.envs.normalize import Normalization
+from dppo_fast.envs.replay import EpisodeLog
+from dppo_fast.envs.simulator import Array, Ids, Simulator
+from dppo_fast.types import Obs, ObsShapes, Step, UserError
+
+logger = logging.getLogger(__name__)
+
+RESET_ATTEMPTS = 5
+
+
+class ChunkEnv:
+    """The `VecEnv` of a simulator.
+
+    A chunk is executed step by step in the envs whose episode still runs; those that ended are reset after it, never
+    inside. At an episode's start the history is its first observation To times. All tensors returned are the caller's.
+
+    A NaN or Inf from the simulator ends the episode at the last finite observation: ``Step.valid`` is False there and
+    the reward 0. ``nan_count`` counts these events, those at a reset included.
+    """
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        normalization: Normalization,
+        *,
+        act_steps: int,
+        obs_steps: int,
+        max_episode_steps: int,
+        device: torch.device | str,
+        seed: int,
+        training: bool = True,
+    ) -> None:
+        """``seed`` serves a first `reset` without one; ``training``: a running normalization learns here."""
+        self.num_envs = simulator.num_envs
+        self.obs_shapes: ObsShapes = {name: (obs_steps, *shape) for name, shape in simulator.obs_shapes.items()}
+        self.action_dim = len(simulator.action_low)
+        self.act_steps = act_steps
+        self.max_episode_steps = max_episode_steps
+        self.normalization = normalization
+        self.nan_count = 0
+        self._simulator = simulator
+        self._seed = seed
+        self._training = training
+        self._log = EpisodeLog(self.num_envs)
+        self._elapsed = np.zeros(self.num_envs, np.int64)  # steps of the running episodes
+        self._history: dict[str, Array] = {
+            name: np.zeros((self.num_envs, *shape), np.float64 if name == "state" else np.uint8)
+            for name, shape in self.obs_shapes.items()
+        }
+        obs = {
+            name: ((self.num_envs, *shape), torch.float32 if name == "state" else torch.uint8)
+            for name, shape in self.obs_shapes.items()
+        }
+        outcome = {"reward": torch.float32, "terminated": torch.bool, "truncated": torch.bool, "valid": torch.bool}
+        self._host_obs = _HostBlock(obs, device)
+        self._host_step = _HostBlock(obs | {name: ((self.num_envs,), dtype) for name, dtype in outcome.items()}, device)
+
+    @property
+    def raw_obs(self) -> dict[str, Array]:
+        """The current observations with their history, in the simulator's units."""
+        return {name: value.copy() for name, value in self._history.items()}
+
+    def reset(self, seed: int | None = None) -> Obs:
+        """Start a new episode everywhere; with a seed, all randomness from here on follows from it."""
+        if seed is not None or not self._started:
+            self._seed = self._seed if seed is None else seed
+            self._log = EpisodeLog(self.num_envs)
+            self._simulator.seed(self._seed, self._log.resets)
+        self._begin_episodes(np.arange(self.num_envs))
+        self._learn()
+        self._write_obs(self._host_obs, self._history)
+        return self._host_obs.send()
+
+    def step(self, action: Tensor) -> Step:
+        """Execute ``action`` [N, act_steps, Da], normalised to [-1, 1].
+
+        Raises ValueError where the shape differs, FloatingPointError where an action is not finite.
+        """
+        self._require_started()
+        actions = self._raw_actions(action)  # [N, Ta, Da]
+        reward = np.zeros(self.num_envs)
+        terminated, truncated, valid = (np.full(self.num_envs, value) for value in (False, False, True))
+        live: Ids = np.arange(self.num_envs)
+        for t in range(self.act_steps):
+            obs, rewards, ended, cut = self._simulator.step(actions[live, t], live)
+            finite = self._check_finite(live, obs["state"], rewards)
+            self._elapsed[live] += 1
+            self._remember(live[finite], {name: value[finite] for name, value in obs.items()})
+            reward[live] += np.where(finite, rewards, 0)
+            valid[live] = finite
+            terminated[live] = ended = ended & finite
+            truncated[live] = cut = ~ended & (cut | ~finite | (self._elapsed[live] >= self.max_episode_steps))
+            live = live[~(ended | cut)]
+            if not live.size:
+                break
+        self._log.append(actions)
+
+        over = np.flatnonzero(terminated | truncated)
+        final = self.raw_obs if over.size else None
+        if over.size:
+            self._begin_episodes(over)
+        self._learn()
+        self._write_obs(self._host_step, self._history)
+        self._host_step.arrays["reward"][:] = np.where(valid, reward, 0)
+        self._host_step.arrays["terminated"][:] = terminated
+        self._host_step.arrays["truncated"][:] = truncated
+        self._host_step.arrays["valid"][:] = valid
+        sent = self._host_step.send()
+        if final is not None:
+            self._write_obs(self._host_obs, final)
+        return Step(
+            obs={name: sent[name] for name in self.obs_shapes},
+            final_obs=None if final is None else self._host_obs.send(),
+            reward=sent["reward"],
+            terminated=sent["terminated"],
+            truncated=sent["truncated"],
+            valid=None if valid.all() else sent["valid"],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only. Raises RuntimeError before the first reset."""
+        self._require_started()
+        return {
+            "seed": self._seed,
+            "nan_count": self.nan_count,
+            "act_steps": self.act_steps,
+            "episodes": self._log.state_dict(),
+            "history": {name: torch.tensor(value) for name, value in self._history.items()},
+            "normalization": self.normalization.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> Obs:
+        """Return to the saved moment by repeating the running episodes' actions, and give the observation there.
+
+        Where the simulator does not arrive at the saved observation bit for bit, a warning is logged and fresh episodes
+        start. Raises UserError where the state belongs to an env of other sizes.
+        """
+        history = {name: value.cpu().numpy() for name, value in state["history"].items()}
+        saved, own = ({name: value.shape for name, value in h.items()} for h in (history, self._history))
+        if (saved, state["act_steps"]) != (own, self.act_steps):
+            raise UserError(
+                f"env: the saved state has observations {saved} and act_steps={state['act_steps']}, "
+                f"this configuration {own} and act_steps={self.act_steps}"
+            )
+        self.normalization.load_state_dict(state["normalization"])
+        self._seed, self.nan_count = state["seed"], state["nan_count"]
+        self._log.load_state_dict(state["episodes"])
+        replayed = self._log.replay(self._simulator, self._seed)
+        if not all(np.array_equal(value, history[name][:, -1]) for name, value in replayed.items()):
+            logger.warning("this simulator cannot be brought back to its saved state exactly: starting fresh episodes")
+            return self.reset()
+        self._elapsed = self._log.lengths * self.act_steps
+        for name, value in history.items():
+            self._history[name][:] = value
+        self._write_obs(self._host_obs, self._history)
+        return self._host_obs.send()
+
+    def close(self) -> None:
+        self._simulator.close()
+
+    @property
+    def _started(self) -> bool:
+        return bool(self._log.resets.any())
+
+    def _require_started(self) -> None:
+        if not self._started:
+            raise RuntimeError("the environment has not been reset yet: call reset() first")
+
+    def _raw_actions(self, action: Tensor) -> NDArray[np.float64]:
+        expected = (self.num_envs, self.act_steps, self.action_dim)
+        if tuple(action.shape) != expected:
+            raise ValueError(f"action has shape {tuple(action.shape)}, expected (N, act_steps, Da) = {expected}")
+        actions = action.detach().cpu().numpy()
+        if not np.isfinite(actions).all():
+            raise FloatingPointError("the policy's actions hold NaN or Inf")
+        return self.normalization.unnormalize_action(actions)
+
+    def _begin_episodes(self, ids: Ids) -> None:
+        self._elapsed[ids] = 0
+        for _ in range(RESET_ATTEMPTS):
+            obs = self._simulator.reset(ids)
+            self._log.begin(ids)
+            for name, value in obs.items():
+                self._history[name][ids] = value[:, None]
+            ids = ids[~self._check_finite(ids, obs["state"])]
+            if not ids.size:
+                return
+        raise RuntimeError(f"envs {ids.tolist()}: NaN or Inf from {RESET_ATTEMPTS} resets in a row")
+
+    def _check_finite(self, ids: Ids, *values: Array) -> NDArray[np.bool_]:
+        """Which rows are finite in all ``values`` [n, ...]; the others are counted."""
+        finite = np.ones(len(ids), bool)
+        for value in values:
+            finite &= np.isfinite(value).reshape(len(ids), -1).all(1)
+        if not finite.all():
+            if not self.nan_count:
+                logger.warning("nan: NaN or Inf from the simulator in envs %s, which are reset", ids[~finite].tolist())
+            self.nan_count += int((~finite).sum())
+        return finite
+
+    def _remember(self, ids: Ids, obs: Mapping[str, Array]) -> None:
+        for name, value in obs.items():
+            history = self._history[name]
+            history[ids, :-1] = history[ids, 1:]
+            history[ids, -1] = value
+
+    def _learn(self) -> None:
+        if self._training:
+            self.normalization.update(self._history["state"][:, -1])
+
+    def _write_obs(self, block: _HostBlock, history: Mapping[str, Array]) -> None:
+        for name, value in history.items():
+            block.arrays[name][:] = self.normalization.normalize_obs(value) if name == "state" else value
+
+
+class _HostBlock:
+    """Named arrays in one piece of host memory, pinned for a CUDA device, that travel there in one copy."""
+
+    def __init__(self, fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._layout: dict[str, tuple[slice, tuple[int, ...], torch.dtype]] = {}
+        end = 0
+        for name, (shape, dtype) in fields.items():
+            start = -(-end // 64) * 64
+            end = start + prod(shape) * dtype.itemsize
+            self._layout[name] = (slice(start, end), shape, dtype)
+        self._block = torch.zeros(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self.arrays: dict[str, Array] = {name: value.numpy() for name, value in self._views(self._block).items()}
+
+    def send(self) -> dict[str, Tensor]:
+        """A copy on the device, complete when this returns."""
+        return self._views(self._block.to(self._device, copy=True))
+
+    def _views(self, block: Tensor) -> dict[str, Tensor]:
+        return {name: block[part].view(dtype).view(shape) for name, (part, shape, dtype) in self._layout.items()}

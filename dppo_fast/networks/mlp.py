@@ -1,0 +1,249 @@
+"""Multi-layer perceptrons: plain and residual trunks, the denoising network and the Gaussian policy network.
+
+Parameter names are the reference's, so that its checkpoints load with strict=True.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dppo_fast.networks.embed import SinusoidalPosEmb, activation
+from dppo_fast.types import Obs, UserError
+
+
+class MLP(nn.Module):
+    """Linear, [LayerNorm], activation, ...; no norm on the last layer unless ``norm_last``.
+
+    ``dims`` lists all widths, input and output included.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        activation_type: str = "Tanh",
+        out_activation_type: str = "Identity",
+        use_layernorm: bool = False,
+        norm_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.moduleList = nn.ModuleList()
+        for i, (n_in, n_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            last = i == len(dims) - 2
+            layer = nn.Sequential()
+            layer.add_module("linear_1", nn.Linear(n_in, n_out))
+            if use_layernorm and (norm_last or not last):
+                layer.add_module("norm_1", nn.LayerNorm(n_out))
+            layer.add_module("act_1", activation(out_activation_type if last else activation_type))
+            self.moduleList.append(layer)
+
+    @property
+    def first(self) -> nn.Linear:
+        """The layer that sees the input; ``forward(x) == rest(first(x))``."""
+        linear = self.moduleList[0].linear_1
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def rest(self, h: Tensor) -> Tensor:
+        for module in list(self.moduleList[0])[1:]:
+            h = module(h)
+        for layer in self.moduleList[1:]:
+            h = layer(h)
+        return h
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.first(x))
+
+
+class ResidualBlock(nn.Module):
+    """x + l2(act(norm2(l1(act(norm1(x)))))) (pre-activation, He et al. 2016)."""
+
+    def __init__(self, width: int, activation_type: str, use_layernorm: bool) -> None:
+        super().__init__()
+        self.l1 = nn.Linear(width, width)
+        self.l2 = nn.Linear(width, width)
+        self.act = activation(activation_type)
+        if use_layernorm:
+            self.norm1 = nn.LayerNorm(width, eps=1e-6)
+            self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.use_layernorm = use_layernorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.norm1(x) if self.use_layernorm else x)
+        h = self.l1(h)
+        h = self.act(self.norm2(h) if self.use_layernorm else h)
+        return x + self.l2(h)
+
+
+class ResidualMLP(nn.Module):
+    """Linear in, one residual block per two hidden layers, Linear out. The width is ``dims[1]``."""
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        activation_type: str = "Mish",
+        out_activation_type: str = "Identity",
+        use_layernorm: bool = False,
+    ) -> None:
+        super().__init__()
+        width, hidden = dims[1], len(dims) - 3
+        if hidden % 2:
+            raise UserError(f"mlp_dims with residual_style=true needs an odd number of entries, got {list(dims[1:-1])}")
+        blocks = [ResidualBlock(width, activation_type, use_layernorm) for _ in range(hidden // 2)]
+        self.layers = nn.ModuleList(
+            [nn.Linear(dims[0], width), *blocks, nn.Linear(width, dims[-1]), activation(out_activation_type)]
+        )
+
+    @property
+    def first(self) -> nn.Linear:
+        """The layer that sees the input; ``forward(x) == rest(first(x))``."""
+        linear = self.layers[0]
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def rest(self, h: Tensor) -> Tensor:
+        for layer in self.layers[1:]:
+            h = layer(h)
+        return h
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.first(x))
+
+
+def trunk(
+    dims: Sequence[int],
+    activation_type: str,
+    out_activation_type: str = "Identity",
+    use_layernorm: bool = False,
+    residual_style: bool = False,
+) -> MLP | ResidualMLP:
+    """The plain or the residual MLP over ``dims``."""
+    kind = ResidualMLP if residual_style else MLP
+    return kind(dims, activation_type, out_activation_type, use_layernorm)
+
+
+class DiffusionMLP(nn.Module):
+    """Denoising network: (x_t, t, obs) -> eps or x0, by an MLP over [x_t, time embedding, observation].
+
+    Its first layer is split by columns, W [x; tau; c] + b = Wx x + Wt tau + (Wc c + b): the observation part is computed
+    once per chain (``encode_obs``), the time part once per denoising step for the whole batch (``time_table``), and only
+    ``denoise`` runs at every step.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon_steps: int,
+        cond_dim: int,
+        time_dim: int = 16,
+        mlp_dims: Sequence[int] = (256, 256),
+        cond_mlp_dims: Sequence[int] | None = None,
+        activation_type: str = "Mish",
+        out_activation_type: str = "Identity",
+        use_layernorm: bool = False,
+        residual_style: bool = False,
+    ) -> None:
+        super().__init__()
+        self.time_embedding = nn.Sequential(
+            SinusoidalPosEmb(time_dim), nn.Linear(time_dim, time_dim * 2), nn.Mish(), nn.Linear(time_dim * 2, time_dim)
+        )
+        self.cond_mlp = MLP([cond_dim, *cond_mlp_dims], activation_type) if cond_mlp_dims else None
+        encoded_dim = cond_mlp_dims[-1] if cond_mlp_dims else cond_dim
+        self.action_shape = (horizon_steps, action_dim)
+        self.sizes = (horizon_steps * action_dim, time_dim, encoded_dim)
+        dims = [sum(self.sizes), *mlp_dims, horizon_steps * action_dim]
+        self.mlp_mean = trunk(dims, activation_type, out_activation_type, use_layernorm, residual_style)
+
+    def encode_obs(self, obs: Obs) -> Tensor:
+        """The observation's share of the first layer, bias included: [B, H]."""
+        state = obs["state"].flatten(1)
+        if self.cond_mlp is not None:
+            state = self.cond_mlp(state)
+        return F.linear(state, self._columns(2), self.mlp_mean.first.bias)
+
+    def time_table(self, t: Tensor) -> Tensor:
+        """The time's share of the first layer for timesteps ``t`` [n]: [n, H]."""
+        return F.linear(self.time_embedding(t), self._columns(1))
+
+    def denoise(self, x: Tensor, time: Tensor, obs: Tensor) -> Tensor:
+        """x [B, Th, Da], a row or rows of ``time_table`` [H] or [B, H], ``encode_obs`` [B, H] -> [B, Th, Da]."""
+        h = torch.addmm(obs + time, x.flatten(1), self._columns(0).t())
+        return self.mlp_mean.rest(h).unflatten(1, self.action_shape)
+
+    def forward(self, x: Tensor, t: Tensor, obs: Obs) -> Tensor:
+        """x [B, Th, Da], t [B] -> [B, Th, Da]."""
+        return self.denoise(x, self.time_table(t), self.encode_obs(obs))
+
+    def _columns(self, part: int) -> Tensor:
+        start = sum(self.sizes[:part])
+        return self.mlp_mean.first.weight[:, start : start + self.sizes[part]]
+
+
+class GaussianMLP(nn.Module):
+    """obs -> (mean, std) of a diagonal Gaussian over the action chunk, each [B, Th * Da].
+
+    std is ``fixed_std``; or one learned value per action dimension (``learn_fixed_std``), clamped to [std_min, std_max];
+    or, with ``fixed_std=None``, an output of the network squashed between them in log-variance.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon_steps: int,
+        cond_dim: int,
+        mlp_dims: Sequence[int] = (256, 256, 256),
+        activation_type: str = "Mish",
+        tanh_output: bool = True,
+        residual_style: bool = False,
+        use_layernorm: bool = False,
+        fixed_std: float | None = None,
+        learn_fixed_std: bool = False,
+        std_min: float = 0.01,
+        std_max: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if learn_fixed_std and fixed_std is None:
+            raise UserError("learn_fixed_std=true needs fixed_std, the value to start from")
+        self.horizon_steps = horizon_steps
+        self.action_dim = action_dim
+        self.tanh_output = tanh_output
+        self.fixed_std = fixed_std
+        self.learn_fixed_std = learn_fixed_std
+        n_out = action_dim * horizon_steps
+        dims = [cond_dim, *mlp_dims]
+        self.mlp_mean: MLP | ResidualMLP
+        if fixed_std is None:
+            self.mlp_base: MLP | ResidualMLP
+            if residual_style:
+                self.mlp_base = ResidualMLP(dims, activation_type, activation_type, use_layernorm)
+            else:
+                self.mlp_base = MLP(dims, activation_type, activation_type, use_layernorm, norm_last=True)
+            self.mlp_mean = MLP([mlp_dims[-1], n_out])
+            self.mlp_logvar = MLP([mlp_dims[-1], n_out])
+        else:
+            self.mlp_mean = trunk(
+                [*dims, n_out], activation_type, use_layernorm=use_layernorm, residual_style=residual_style
+            )
+        if learn_fixed_std:
+            self.logvar = nn.Parameter(torch.full((action_dim,), 2 * math.log(fixed_std or 1.0)))
+        self.logvar_min = nn.Parameter(torch.tensor(2 * math.log(std_min)), requires_grad=False)
+        self.logvar_max = nn.Parameter(torch.tensor(2 * math.log(std_max)), requires_grad=False)
+
+    def forward(self, obs: Obs) -> tuple[Tensor, Tensor]:
+        state = obs["state"].flatten(1)
+        hidden = self.mlp_base(state) if self.fixed_std is None else state
+        mean = self.mlp_mean(hidden)
+        if self.tanh_output:
+            mean = mean.tanh()
+        if self.fixed_std is None:
+            span = self.logvar_max - self.logvar_min
+            logvar = self.logvar_min + 0.5 * span * (self.mlp_logvar(hidden).tanh() + 1)
+            return mean, (0.5 * logvar).exp()
+        if self.learn_fixed_std:
+            std = (0.5 * self.logvar.clamp(self.logvar_min, self.logvar_max)).exp()
+            return mean, std.repeat(self.horizon_steps).expand_as(mean)
+        return mean, torch.full_like(mean, self.fixed_std)

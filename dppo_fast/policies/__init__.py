@@ -1,0 +1,1 @@
+"""Policies: how to act, and how to score what was done."""

@@ -1,0 +1,59 @@
+"""What PPO asks of a policy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from dppo_fast.types import Act, Obs, Record
+
+
+class Policy(nn.Module, ABC):
+    """A trainable policy whose decisions consist of ``decisions`` scored parts: F denoising steps, or one action.
+
+    ``generator`` is the source of all randomness in ``act``; None means PyTorch's default one.
+    """
+
+    horizon_steps: int
+    action_dim: int
+    generator: torch.Generator | None = None
+
+    @property
+    @abstractmethod
+    def decisions(self) -> int:
+        """Scored parts per action chunk; ``record["log_prob"]`` is [N, decisions]."""
+
+    @abstractmethod
+    def act(self, obs: Obs, deterministic: bool = False) -> Act:
+        """Decide for N envs. Deterministic decisions carry an empty record."""
+
+    @abstractmethod
+    def select(self, record: Record, row: Tensor, k: Tensor) -> Record:
+        """What scores part ``k`` [B] of decision ``row`` [B]; ``record`` leads with all decisions [M]."""
+
+    @abstractmethod
+    def log_prob(self, obs: Obs, part: Record, k: Tensor) -> Tensor:
+        """Log-probs [B] of selected parts under the current parameters, differentiable."""
+
+    @abstractmethod
+    def entropy(self, obs: Obs) -> Tensor:
+        """What ``ent_coef`` rewards: the entropy of a Gaussian, the mean eta of a diffusion policy; 0-d."""
+
+    @abstractmethod
+    def cloning_loss(self, obs: Obs, action: Tensor) -> Tensor:
+        """The pre-training loss on demonstrated chunks ``action`` [B, Th, Da]."""
+
+    @abstractmethod
+    def behaviour_cloning_loss(self, obs: Obs) -> Tensor:
+        """Minus the mean log-prob of what the frozen base policy samples for ``obs``."""
+
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The network that the actor's optimizer trains."""
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal draws on the policy's device."""
+        device = next(self.parameters()).device
+        return torch.randn(shape, generator=self.generator, device=device)

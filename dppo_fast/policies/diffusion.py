@@ -1,0 +1,204 @@
+"""The diffusion policy: a denoising chain whose last F steps are fine-tuned (Ren et al. 2024, arXiv 2409.00588)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dppo_fast.diffusion.likelihood import denoising_loss, transition_log_density
+from dppo_fast.diffusion.sampler import Chain, Clips, Scoring, Segment, sample_chain
+from dppo_fast.diffusion.schedule import NoiseSchedule
+from dppo_fast.kernels.denoise_step import chunk_log_prob
+from dppo_fast.networks.eta import Eta
+from dppo_fast.policies.base import Policy
+from dppo_fast.types import Act, Obs, Record, UserError
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Hyperparameters of the chain; keys as in the reference.
+
+    ``ddim_steps=None`` samples with DDPM. ``ft_denoising_steps=0`` is a policy that is only pre-trained or evaluated.
+    ``reward_horizon=None`` scores the whole chunk.
+    """
+
+    denoising_steps: int = 20
+    ddim_steps: int | None = None
+    ft_denoising_steps: int = 0
+    predict_epsilon: bool = True
+    denoised_clip_value: float | None = 1.0
+    eps_clip_value: float | None = None
+    randn_clip_value: float | None = 10.0
+    final_action_clip_value: float | None = None
+    min_sampling_denoising_std: float = 0.1
+    min_logprob_denoising_std: float = 0.1
+    reward_horizon: int | None = None
+    learn_eta: bool = False
+
+
+class DiffusionPolicy(Policy):
+    """``actor`` denoises the first S-F steps and is frozen once F > 0; ``actor_ft`` denoises the last F and is trained.
+
+    ``record``: ``chain`` [N, F+1, Th, Da], the points around each fine-tuned step, and ``log_prob`` [N, F], the behaviour
+    log-probs that the sampler emits.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: DiffusionConfig,
+        horizon_steps: int,
+        action_dim: int,
+        eta: Eta | None = None,
+    ) -> None:
+        super().__init__()
+        constant = 1.0 if eta is None or eta.constant is None else eta.constant
+        self.schedule = NoiseSchedule(config.denoising_steps, config.ddim_steps, config.predict_epsilon, constant)
+        F = config.ft_denoising_steps
+        if not 0 <= F <= self.schedule.steps:
+            raise UserError(
+                f"ft_denoising_steps={F} must lie between 0 and the {self.schedule.steps} denoising steps that are sampled"
+            )
+        if config.learn_eta and (eta is None or not self.schedule.ddim):
+            raise UserError("learn_eta=true needs DDIM (ddim_steps) and an eta network")
+        self.config = config
+        self.horizon_steps = horizon_steps
+        self.action_dim = action_dim
+        self.ft_steps = F
+        self.reward_horizon = min(config.reward_horizon or horizon_steps, horizon_steps)
+        self.clips = Clips(
+            config.denoised_clip_value,
+            config.eps_clip_value,
+            config.randn_clip_value,
+            config.final_action_clip_value,
+        )
+        self.min_sampling_std = float(config.min_sampling_denoising_std)
+        self.min_log_prob_std = float(config.min_logprob_denoising_std)
+        self.actor: Any = network
+        self.actor_ft: Any = None
+        self.eta = eta
+        if F > 0:
+            self.actor_ft = copy.deepcopy(network)
+            self.actor.requires_grad_(False)
+        if eta is not None and not config.learn_eta:
+            eta.requires_grad_(False)
+
+    @property
+    def decisions(self) -> int:
+        return self.ft_steps
+
+    @property
+    def first_ft_step(self) -> int:
+        """S - F: where the fine-tuned network takes over."""
+        return self.schedule.steps - self.ft_steps
+
+    def trained(self) -> nn.Module:
+        network: nn.Module = self.actor if self.actor_ft is None else self.actor_ft
+        return network
+
+    def eta_of(self, obs: Obs) -> Tensor | None:
+        """[B, 1 or Da] where eta depends on the observation or is learned; None where the schedule's table holds it."""
+        if self.eta is None or (self.eta.constant is not None and not self.config.learn_eta):
+            return None
+        eta: Tensor = self.eta(obs)
+        return eta
+
+    @torch.no_grad()
+    def act(self, obs: Obs, deterministic: bool = False) -> Act:
+        chain = self.sample(obs, self.draw_noise(len(obs["state"])), deterministic, score=not deterministic)
+        if chain.points is None or chain.log_prob is None:
+            return Act(chain.action, {})
+        return Act(chain.action, {"chain": chain.points, "log_prob": chain.log_prob})
+
+    def draw_noise(self, batch: int) -> Tensor:
+        """[S + 1, B, Th, Da]: the initial x, then one draw per step."""
+        return self.randn(self.schedule.steps + 1, batch, self.horizon_steps, self.action_dim)
+
+    def sample(
+        self,
+        obs: Obs,
+        noise: Tensor,
+        deterministic: bool = False,
+        score: bool = False,
+        base_policy: bool = False,
+    ) -> Chain:
+        """Denoise ``noise`` [S + 1, B, Th, Da]; ``base_policy`` uses the frozen network at every step."""
+        S, first = self.schedule.steps, self.first_ft_step
+        segments = [Segment(self.actor, range(first))]
+        fine_tuned = self.actor if base_policy or self.actor_ft is None else self.actor_ft
+        segments.append(Segment(fine_tuned, range(first, S)))
+        eta = None if deterministic else self.eta_of(obs)
+        if deterministic:
+            std = self.schedule.deterministic_std()
+        elif eta is None:
+            std = self.schedule.table[:, 4].clamp(min=self.min_sampling_std)
+        else:
+            std = torch.stack([self.schedule.coefficients(k, eta=eta).std for k in range(S)])
+            std = std.clamp(min=self.min_sampling_std)
+        scoring = Scoring(first, self.min_log_prob_std, self.reward_horizon) if score else None
+        return sample_chain(segments, self.schedule, obs, noise, std, self.clips, deterministic, eta, scoring)
+
+    def select(self, record: Record, row: Tensor, k: Tensor) -> Record:
+        chain = record["chain"].flatten(0, 1)
+        point = row * (self.ft_steps + 1) + k
+        return {"x": chain[point], "x_next": chain[point + 1]}
+
+    def log_prob(self, obs: Obs, part: Record, k: Tensor) -> Tensor:
+        return chunk_log_prob(self.log_density(obs, part["x"], part["x_next"], k), self.reward_horizon)
+
+    def log_density(self, obs: Obs, x: Tensor, x_next: Tensor, k: Tensor, base_policy: bool = False) -> Tensor:
+        """Elementwise log-density [B, Th, Da] of fine-tuned transitions k [B] (0 = earliest)."""
+        return transition_log_density(
+            self.actor if base_policy else self.actor_ft,
+            self.schedule,
+            obs,
+            x,
+            x_next,
+            k,
+            self.first_ft_step,
+            self.min_log_prob_std,
+            self.clips,
+            self.eta_of(obs),
+        )
+
+    def behaviour_cloning_loss(self, obs: Obs) -> Tensor:
+        batch = len(obs["state"])
+        with torch.no_grad():
+            noise = self.draw_noise(batch)
+            chain = self.sample(obs, noise, score=True, base_policy=True).points
+        assert chain is not None
+        k = torch.arange(self.ft_steps, device=chain.device).repeat(batch)
+        repeated = {name: value.repeat_interleave(self.ft_steps, 0) for name, value in obs.items()}
+        x, x_next = chain[:, :-1].flatten(0, 1), chain[:, 1:].flatten(0, 1)
+        return -chunk_log_prob(self.log_density(repeated, x, x_next, k), self.horizon_steps).mean()
+
+    def entropy(self, obs: Obs) -> Tensor:
+        eta = self.eta_of(obs)
+        constant = self.eta.constant if self.eta is not None and self.eta.constant is not None else 1.0
+        return torch.tensor(constant, device=obs["state"].device) if eta is None else eta.mean()
+
+    def cloning_loss(self, obs: Obs, action: Tensor) -> Tensor:
+        """The denoising loss at uniform timesteps."""
+        K = self.schedule.denoising_steps
+        t = torch.randint(K, (len(action),), generator=self.generator, device=action.device)
+        return self.denoising_loss(obs, action, t, self.randn(*action.shape))
+
+    def denoising_loss(self, obs: Obs, action: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The squared error of denoising ``action`` from timesteps ``t`` [B] and ``noise`` [B, Th, Da]."""
+        network: Any = self.trained()
+        return denoising_loss(network, self.schedule, obs, action, t, noise, self.config.predict_epsilon)
+
+    def set_ft_steps(self, ft_steps: int) -> None:
+        """Fine-tune fewer steps from now on: the steps given up keep the present fine-tuned weights, frozen.
+
+        The trained parameters stay the same tensors, so that their optimizer goes on training them.
+        """
+        if not 1 <= ft_steps <= self.ft_steps:
+            raise ValueError(f"ft_steps={ft_steps} must lie between 1 and the present {self.ft_steps}")
+        if ft_steps < self.ft_steps:
+            self.actor.load_state_dict(self.actor_ft.state_dict())
+            self.ft_steps = ft_steps

@@ -1,0 +1,109 @@
+"""Collecting experience, and what its episodes were worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dppo_fast.buffer import RolloutBuffer
+from dppo_fast.types import Actor, Obs, VecEnv
+
+
+class EpisodeStatistics:
+    """Returns of the episodes that end inside a rollout; unfinished ones are carried over to the next.
+
+    An episode's best reward is its largest chunk reward per env step, or, with ``sparse_reward``, its return; it succeeds
+    when that reaches ``success_threshold``. ``whole_only`` counts as the reference does: only episodes that also began
+    inside the rollout, and not those of a single chunk.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        act_steps: int,
+        success_threshold: float,
+        sparse_reward: bool = False,
+        whole_only: bool = False,
+    ) -> None:
+        self.act_steps = act_steps
+        self.success_threshold = success_threshold
+        self.sparse_reward = sparse_reward
+        self.whole_only = whole_only
+        self.returns = np.zeros(num_envs)
+        self.best = np.full(num_envs, -np.inf)
+        self.chunks = np.zeros(num_envs, dtype=np.int64)
+
+    def update(self, reward: NDArray[np.floating[Any]], first: NDArray[np.bool_]) -> dict[str, float]:
+        """Account for ``reward`` [T, N]; ``first`` [T + 1, N] marks decisions that begin an episode."""
+        returns, best, chunks = [], [], []
+        for t, row in enumerate(reward):
+            began = first[t]
+            self.returns[began], self.best[began], self.chunks[began] = 0.0, -np.inf, 0
+            if self.whole_only and t == 0:
+                self.chunks[~began] = np.iinfo(np.int64).min
+            self.returns += row
+            self.best = np.maximum(self.best, row)
+            self.chunks += 1
+            ended = first[t + 1] & (self.chunks > (1 if self.whole_only else 0))
+            returns.append(self.returns[ended])
+            best.append(self.best[ended])
+            chunks.append(self.chunks[ended])
+        total = np.concatenate(returns)
+        n = len(total)
+        if n == 0:
+            return {"episodes": 0.0}
+        score = total if self.sparse_reward else np.concatenate(best) / self.act_steps
+        return {
+            "episodes": float(n),
+            "return": float(total.mean()),
+            "return_std": float(total.std()),
+            "best_reward": float(score.mean()),
+            "success_rate": float((score >= self.success_threshold).mean()),
+            "episode_chunks": float(np.concatenate(chunks).mean()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"returns": self.returns, "best": self.best, "chunks": self.chunks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.returns, self.best, self.chunks = (np.array(state[key]) for key in ("returns", "best", "chunks"))
+
+
+class Collector:
+    """Drives an env with an actor and fills a buffer."""
+
+    def __init__(self, env: VecEnv, actor: Actor, statistics: EpisodeStatistics) -> None:
+        self.env = env
+        self.actor = actor
+        self.statistics = statistics
+        self.first: torch.Tensor | None = None
+        self.obs: Obs = {}
+
+    def reset(self, seed: int | None = None) -> None:
+        self.obs = self.env.reset(seed)
+        device = self.obs["state"].device
+        self.first = torch.ones(self.env.num_envs, dtype=torch.bool, device=device)
+
+    def collect(self, buffer: RolloutBuffer, deterministic: bool = False) -> dict[str, float]:
+        """Fill ``buffer`` and return the statistics of the episodes that ended."""
+        assert self.first is not None, "reset() or load_state_dict() comes first"
+        buffer.clear()
+        for _ in range(buffer.num_steps):
+            act = self.actor.act(self.obs, deterministic)
+            step = self.env.step(act.action[:, : self.env.act_steps])
+            buffer.add(self.obs, act.record, step, self.first)
+            self.obs = step.obs
+            self.first = step.terminated | step.truncated
+        first = torch.cat((buffer.first, self.first[None])).cpu().numpy()
+        return self.statistics.update(buffer.reward.cpu().double().numpy(), first)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"env": self.env.state_dict(), "first": self.first, "statistics": self.statistics.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.obs = self.env.load_state_dict(state["env"])
+        self.first = state["first"].to(self.obs["state"].device)
+        self.statistics.load_state_dict(state["statistics"])

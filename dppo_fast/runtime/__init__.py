@@ -1,0 +1,1 @@
+"""What runs below the algorithms: the C++ extension, CUDA graphs, profiling, seeding."""

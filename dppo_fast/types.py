@@ -1,0 +1,93 @@
+"""The words that every part of the package shares.
+
+Letters, the same in every file: T steps, N envs, B batch, S denoising steps sampled, F fine-tuned denoising steps, K the
+training schedule's length, To observation steps, Ta action chunk, Do, Da dimensions, C H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Obs: TypeAlias = dict[str, Tensor]
+"""Observations, newest last: ``state`` [N, To, Do] float32, cameras [N, To, C, H, W] uint8."""
+
+Record: TypeAlias = dict[str, Tensor]
+"""What a policy needs to score one of its own actions again; every tensor leads with N."""
+
+Metrics: TypeAlias = dict[str, Tensor | float]
+"""Name -> scalar. Tensors are 0-d, on the device, and read once per iteration."""
+
+ObsShapes: TypeAlias = Mapping[str, tuple[int, ...]]
+"""Name -> shape of one observation without the leading N, e.g. ``{"state": (To, Do)}``."""
+
+
+class UserError(ValueError):
+    """A user's mistake: the message names the key, the value and what would be right. The mains print it and exit with 2."""
+
+
+@dataclass(frozen=True)
+class Act:
+    """A decision for N envs: ``action`` [N, Th, Da] in [-1, 1] over the policy's horizon, and its ``record``."""
+
+    action: Tensor
+    record: Record
+
+
+@dataclass(frozen=True)
+class Step:
+    """What N envs answer to one action chunk.
+
+    ``obs`` is where the next decision is taken, so after an episode's end it is the next episode's first observation.
+    ``final_obs`` holds, in the rows where ``terminated | truncated``, the last observation of the episode that just ended
+    (other rows repeat ``obs``); it is None when no episode ended. ``reward`` [N] float32 is summed over the chunk.
+    ``terminated`` and ``truncated`` [N] bool are never both set. ``valid`` [N] bool is None, or False where the simulator
+    produced NaN or Inf: that env was reset, its step counts as truncated, and must not be learned from.
+    """
+
+    obs: Obs
+    final_obs: Obs | None
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor | None = None
+
+
+class VecEnv(Protocol):
+    """N environments that execute action chunks; tensors in, tensors out, on ``device``."""
+
+    num_envs: int
+    obs_shapes: ObsShapes
+    action_dim: int
+    act_steps: int
+    max_episode_steps: int
+
+    def reset(self, seed: int | None = None) -> Obs:
+        """Start a new episode everywhere; with a seed, all randomness from here on follows from it."""
+        ...
+
+    def step(self, action: Tensor) -> Step:
+        """Execute ``action`` [N, act_steps, Da], normalised to [-1, 1]."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that ``load_state_dict`` needs to continue bit for bit."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Obs:
+        """Return to the saved moment and give the observation there."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Actor(Protocol):
+    """What the collector and the evaluator drive; ``generator`` is the source of its random numbers."""
+
+    generator: torch.Generator | None
+
+    def act(self, obs: Obs, deterministic: bool = False) -> Act: ...
