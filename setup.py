@@ -27,9 +27,10 @@ class CMakeBuild(build_ext):
         if shutil.which("ninja", path=path):
             environment.setdefault("CMAKE_GENERATOR", "Ninja")
         source = Path(__file__).resolve().parent
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.unlink(missing_ok=True)
         configure = ["cmake", "--fresh", "-S", str(source), "-B", self.build_temp]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}"]
         try:
             for command in (configure, ["cmake", "--build", self.build_temp]):
                 subprocess.run(command, env=environment, check=True)

@@ -55,8 +55,9 @@ def learning_curve(metrics: Path, png: Path) -> None:
         if training.size:
             axes.plot(*training, color="0.6", linewidth=1, label="training")
         if evaluation.size:
-            axes.fill_between(*_spread(rows), color=_COLOURS[0], alpha=0.15, linewidth=0)
+            name, spread = _spread(rows)
             axes.plot(*evaluation, color=_COLOURS[0], marker="o", markersize=3, label="evaluation")
+            axes.fill_between(*spread, color=_COLOURS[0], alpha=0.15, linewidth=0, label=name)
         if training.size or evaluation.size:
             _label_returns(axes)
         else:
@@ -126,13 +127,15 @@ def _required_curve(file: Path, key: str) -> Array:
     return curve
 
 
-def _spread(rows: list[Row]) -> Array:
-    """Steps, lower and upper end of the evaluation return's spread: [3, points]."""
+def _spread(rows: list[Row]) -> tuple[str | None, Array]:
+    """The evaluation return's spread: its name; steps, lower and upper ends [3, points]."""
+    steps = _column(rows, "env_steps", "iteration")
+    percentiles = _finite(steps, _column(rows, "eval/return_p10"), _column(rows, "eval/return_p90"))
+    if percentiles.size:
+        return "10th to 90th percentile", percentiles
     mean, std = _column(rows, "eval/return"), _column(rows, "eval/return_std")
-    low, high = _column(rows, "eval/return_p10"), _column(rows, "eval/return_p90")
-    known = np.isfinite(low) & np.isfinite(high)
-    low, high = np.where(known, low, mean - std), np.where(known, high, mean + std)
-    return _finite(_column(rows, "env_steps", "iteration"), low, high)
+    deviations = _finite(steps, mean - std, mean + std)
+    return "± one standard deviation" if deviations.size else None, deviations
 
 
 def _mean(curves: list[Array]) -> Array:

@@ -30,9 +30,13 @@ def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]
     path = tmp_path / "weights.bin"
     path.write_bytes(b"old")
 
-    with pytest.raises(error), atomic_write(path) as file:
-        file.write(b"half of the new")
-        raise error
+    def fail() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half of the new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -20,7 +20,7 @@ from dppo_fast.log.metrics import Row
 
 _BLOCKS = (
     (("env steps", "env_steps"), ("steps/s", "steps_per_second")),
-    (("return", "train/return"), ("evaluation", "eval/return"), ("loss", "loss/bc")),
+    (("return", "train/return"), ("evaluation", "eval/return"), ("BC loss", "loss/bc")),
     (("success", "train/success_rate"), ("KL", "ppo/approx_kl"), ("clipped", "ppo/clip_fraction")),
 )
 _PERCENT = ("train/success_rate", "ppo/clip_fraction")
@@ -43,8 +43,8 @@ class Progress:
         self._curves: dict[str, list[float]] = {key: [] for key in _CURVES}
         for row in resumed:
             self._read(row)
-        self._ends = deque([time.monotonic()], maxlen=50)
-        self._start = self._ends[0]
+        self._ends: deque[float] = deque(maxlen=50)
+        self._start = time.monotonic()
 
     def update(self, row: Row) -> None:
         self._read(row)
@@ -80,7 +80,7 @@ class Progress:
         self._seconds = self._seconds | {key: self._seconds.get(key, 0.0) + phases[key] for key in phases}
         for key in self._curves.keys() & values.keys():
             self._curves[key].append(values[key])
-        self._done = int(values["iteration"]) + 1
+        self._done = int(values["iteration"])
 
     def _bar(self) -> RenderableType:
         grid = Table.grid(padding=(0, 2), expand=True)
@@ -127,7 +127,7 @@ class Progress:
 
     def _figure(self, key: str) -> str:
         value = self._latest[key]
-        if key == "env_steps":
+        if key in ("env_steps", "steps_per_second"):
             return f"{value:,.0f}"
         if key in _PERCENT:
             return f"{100 * value:.1f} %"

@@ -32,7 +32,7 @@ class RunLog:
 
     Args:
         total_iterations: iterations of the whole run, also of a resumed one.
-        resume_iteration: next iteration of the run in ``directory``; rows from it on are cut off. None for a new run.
+        resume_iteration: the next row of the run in ``directory``; rows from it on are cut off. None for a new run.
         live: None asks the terminal.
         wandb: arguments of ``wandb.init``; None for no wandb.
 
@@ -84,18 +84,18 @@ class RunLog:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def iteration(self, row: Mapping[str, float]) -> None:
-        """Log an iteration: plain numbers by name, among them ``iteration``, counted from 0.
+        """Log an iteration: plain numbers by name, among them ``iteration``, how many are done; row 0 is the start.
 
-        A row with ``env_steps`` (of the whole run) and ``time/`` phases gets ``steps_per_second``, unless it has it.
-        Call this before the checkpoint that declares the iteration done: killed in between, the run has a row too
-        many, which resuming cuts off, never a row too few.
+        A row with ``env_steps`` (of the whole run) and ``time/`` phases gets ``steps_per_second`` where steps were
+        taken. Call this before the checkpoint that declares the iteration done: killed in between, the run has a row
+        too many, which resuming cuts off, never a row too few.
         """
         full = dict(row)
         seconds = sum(value for key, value in row.items() if key.startswith("time/"))
-        if "env_steps" in row:
-            if seconds > 0:
-                full.setdefault("steps_per_second", (row["env_steps"] - self._env_steps) / seconds)
-            self._env_steps = row["env_steps"]
+        steps = row.get("env_steps", self._env_steps) - self._env_steps
+        if steps > 0 and seconds > 0:
+            full["steps_per_second"] = steps / seconds
+        self._env_steps += steps
         self._files.append(full)
         self._progress.update(full)
         if self._live is None:
