@@ -28,7 +28,7 @@ def evaluate_critic(critic: nn.Module, obs: Obs) -> Tensor:
     """V of a batch of observations [M, ...] -> [M], in pieces."""
     pieces = [
         critic(dict(zip(obs, rows, strict=True)))
-        for rows in zip(*(value.split(CRITIC_BATCH) for value in obs.values()), strict=True)
+        for rows in zip(*(torch.split(value, CRITIC_BATCH) for value in obs.values()), strict=True)
     ]
     return torch.cat(pieces)
 
@@ -60,7 +60,9 @@ def estimate_advantages(
 
 
 def normalize_advantage(advantage: Tensor, normalize: bool, lower_quantile: float, upper_quantile: float) -> Tensor:
-    """Standardise over the minibatch (unbiased std, + 1e-8), then clip to two of its quantiles; 0 and 1 clip nothing."""
+    """Standardise over the minibatch (unbiased std, + 1e-8), then clip to two of its quantiles; 0 and 1 clip
+    nothing.
+    """
     if normalize:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     if lower_quantile > 0 or upper_quantile < 1:

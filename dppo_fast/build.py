@@ -1,4 +1,6 @@
-"""The composition root: from a configuration to environments, policy, algorithm and trainer. It alone knows all classes."""
+"""The composition root: from a configuration to environments, policy, algorithm and trainer. It alone knows all
+classes.
+"""
 
 from __future__ import annotations
 
@@ -125,8 +127,8 @@ def parse(node: Any) -> RunConfig:
             raise UserError(f"{key}={value} must be at least 1")
     if task.act_steps > task.horizon_steps:
         raise UserError(
-            f"task.act_steps={task.act_steps} is longer than task.horizon_steps={task.horizon_steps}, the chunk that the "
-            "policy predicts; it must be at most that"
+            f"task.act_steps={task.act_steps} is longer than task.horizon_steps={task.horizon_steps}, the chunk that "
+            "the policy predicts; it must be at most that"
         )
     choose(ALGORITHMS, config.algorithm.get("name"), "algorithm.name")
     return config
@@ -194,20 +196,19 @@ def load_base(policy: Policy, weights: PolicyWeights) -> None:
     """Start from a pre-trained policy: both networks take its base weights."""
     if weights.actor_ft is not None and isinstance(policy, DiffusionPolicy):
         raise CheckpointError(
-            f"policy.checkpoint={weights.source} is fine-tuned already; give a pre-trained one, or continue its run with "
-            "resume=<run directory>"
+            f"policy.checkpoint={weights.source} is fine-tuned already; give a pre-trained one, or continue its "
+            "run with resume=<run directory>"
         )
-    networks: list[Any] = [policy.actor, policy.actor_ft]  # type: ignore[attr-defined]
-    for network in networks:
+    for network in (policy.actor, policy.actor_ft):
         if network is not None:
             load_weights(network, weights.actor, f"policy.checkpoint={weights.source}")
 
 
 def load_trained(policy: Policy, weights: PolicyWeights) -> None:
     """Take over a policy as it was saved, fine-tuned network and eta included."""
-    load_weights(policy.actor, weights.actor, weights.source)  # type: ignore[attr-defined]
-    if policy.actor_ft is not None:  # type: ignore[attr-defined]
-        load_weights(policy.actor_ft, weights.actor_ft or weights.actor, weights.source)  # type: ignore[attr-defined]
+    load_weights(policy.actor, weights.actor, weights.source)
+    if policy.actor_ft is not None:
+        load_weights(policy.actor_ft, weights.actor_ft or weights.actor, weights.source)
     if isinstance(policy, DiffusionPolicy):
         if policy.eta is not None and weights.eta is not None:
             load_weights(policy.eta, weights.eta, weights.source)
@@ -268,8 +269,8 @@ def _build_online(
     config: RunConfig, run: Path, device: torch.device, generator: torch.Generator, run_config: Mapping[str, Any] | None
 ) -> Trainer:
     cls, schema = ALGORITHMS[config.algorithm["name"]]
-    options = typed(schema, _options(config.algorithm), "algorithm")
-    assert issubclass(cls, PPO) and isinstance(options, PPOConfig)
+    assert issubclass(cls, PPO)
+    options: PPOConfig = typed(schema, _options(config.algorithm), "algorithm")
     reference = config.compat == "reference"
     train = config.train
     if reference:
@@ -279,8 +280,13 @@ def _build_online(
     policy = build_policy(config, env.obs_shapes, env.action_dim, config.seed).to(device)
     if base is not None:
         load_base(policy, base)
-    if cls is DPPO and policy.decisions < 1:
-        raise UserError("policy.options.ft_denoising_steps=0: fine-tuning with dppo needs at least 1")
+    if issubclass(cls, DPPO) != isinstance(policy, DiffusionPolicy):
+        raise UserError(
+            f"algorithm.name={config.algorithm['name']} does not fit policy.name={config.policy.name}: dppo trains "
+            "diffusion policies, ppo the others"
+        )
+    if policy.decisions < 1:
+        raise UserError("policy.options.ft_denoising_steps=0: fine-tuning needs at least 1")
     pairs = train.n_steps * env.num_envs * policy.decisions
     if options.batch_size > pairs:
         raise UserError(
@@ -290,7 +296,7 @@ def _build_online(
     policy.generator = generator
     critic = _build_critic(config, env.obs_shapes, config.seed + 1).to(device)
     buffer = RolloutBuffer(train.n_steps, env.num_envs, device)
-    algorithm = cls(policy, critic, options, buffer, bootstrap_truncated=not reference)  # type: ignore[arg-type]
+    algorithm = cls(policy, critic, options, buffer, bootstrap_truncated=not reference)
     algorithm.generator = generator
     task = config.task
     statistics = EpisodeStatistics(
@@ -326,8 +332,8 @@ def _require_same_dims(path: str, obs_shapes: ObsShapes, action_dim: int, env: C
     data, simulated = (dict(obs_shapes), action_dim), (dict(env.obs_shapes), env.action_dim)
     if data != simulated:
         raise UserError(
-            f"data.path={path} has observations {data[0]} and {data[1]} action dims, the environment {simulated[0]} and "
-            f"{simulated[1]}"
+            f"data.path={path} has observations {data[0]} and {data[1]} action dims, the environment "
+            f"{simulated[0]} and {simulated[1]}"
         )
 
 

@@ -1,7 +1,8 @@
-"""Checkpoints: one safetensors file with weights, state and configuration, written atomically and read without unpickling.
+"""Checkpoints: one safetensors file with weights, state and configuration, written atomically and read without
+unpickling.
 
-Tensors stand under ``weights/<module>/<parameter>`` and ``state/<path>``; the file's metadata holds the rest of the state,
-the configuration and a digest of everything. The reference's ``.pt`` files are read too.
+Tensors stand under ``weights/<module>/<parameter>`` and ``state/<path>``; the file's metadata holds the rest of the
+state, the configuration and a digest of everything. The reference's ``.pt`` files are read too.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``weights``: module name -> state dict; ``deployed`` names the module to act with. ``state`` nests dicts and lists of
-    tensors, numbers and strings. ``iteration`` is the next one to run."""
+    """``weights``: module name -> state dict; ``deployed`` names the module to act with. ``state`` nests dicts and
+    lists of tensors, numbers and strings. ``iteration`` is the next one to run.
+    """
 
     weights: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
@@ -74,7 +76,9 @@ class Checkpoint:
             raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
         header = metadata.get("outline", "")
         if metadata.get("digest") != _digest(header, tensors):
-            raise CheckpointError(f"{path}: its contents do not match its digest; the file is corrupt or not a checkpoint")
+            raise CheckpointError(
+                f"{path}: its contents do not match its digest; the file is corrupt or not a checkpoint"
+            )
         outline = json.loads(header)
         if outline.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {outline.get('format')!r}, this version reads {FORMAT!r}")
@@ -124,7 +128,8 @@ def prune(run: Path, keep: int, keep_every: int) -> None:
 
 @dataclass(frozen=True)
 class PolicyWeights:
-    """What a checkpoint says of a policy: the base network ``actor``, the fine-tuned ``actor_ft`` or None, ``critic``, ``eta``.
+    """What a checkpoint says of a policy: the base network ``actor``, the fine-tuned ``actor_ft`` or None,
+    ``critic``, ``eta``.
 
     ``config`` and ``state`` are the run's; the reference's files have none.
     """
@@ -171,7 +176,9 @@ def _load_reference(path: Path) -> PolicyWeights:
             "which are never unpickled"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise CheckpointError(f"{path}: holds no 'model'; expected the reference's {{epoch, model, ema}} or {{itr, model}}")
+        raise CheckpointError(
+            f"{path}: holds no 'model'; expected the reference's {{epoch, model, ema}} or {{itr, model}}"
+        )
     model = content["model"]
     if "ema" in content:
         weights, kind = content["ema"], f"reference pre-training, epoch {content.get('epoch')}, averaged weights"
@@ -190,7 +197,9 @@ def _load_reference(path: Path) -> PolicyWeights:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """``load_state_dict`` with strict names and shapes; a mismatch is a CheckpointError that names file and parameter."""
+    """``load_state_dict`` with strict names and shapes; a mismatch is a CheckpointError that names file and
+    parameter.
+    """
     own = module.state_dict()
     missing, extra = own.keys() - weights.keys(), weights.keys() - own.keys()
     if missing or extra:

@@ -19,7 +19,8 @@ from dppo_fast.cli import guarded
 class CollectConfig:
     """``steps`` env steps at least, in whole episodes with a return in [min_return, max_return]; ``num_envs`` at once.
 
-    ``deterministic`` acts without exploration noise. ``max_steps`` bounds the recording itself where few episodes qualify.
+    ``deterministic`` acts without exploration noise. ``max_steps`` bounds the recording itself where few episodes
+    qualify.
     """
 
     checkpoint: str = MISSING
@@ -79,9 +80,9 @@ def collect(config: CollectConfig) -> dict[str, float]:
             step = env.step(action)
             raw = env.normalization.unnormalize_action(action[:, 0].cpu().numpy()).clip(low, high)
             ended = step.terminated | step.truncated
-            flags = [flag.cpu().numpy() for flag in (step.terminated, step.truncated)]
-            valid = None if step.valid is None else step.valid.cpu().numpy()
-            for episode in recorder.record(state, raw, step.reward.cpu().numpy(), *flags, valid):
+            valid = torch.ones_like(ended) if step.valid is None else step.valid
+            reward, *flags = (x.cpu().numpy() for x in (step.reward, step.terminated, step.truncated, valid))
+            for episode in recorder.record(state, raw, reward, *flags):
                 if (config.min_return is None or episode.episode_return >= config.min_return) and (
                     config.max_return is None or episode.episode_return <= config.max_return
                 ):

@@ -25,7 +25,7 @@ def typed(schema: type[T], node: Any, key: str) -> T:
             raise UserError(f"{key}.{min(missing)} is missing")
         result: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        raise UserError(_explain(error, key, [f for f in schema.__dataclass_fields__])) from error  # type: ignore[attr-defined]
+        raise UserError(_explain(error, key, list(schema.__dataclass_fields__))) from error  # type: ignore[attr-defined]
     return result
 
 
@@ -46,7 +46,9 @@ def construct(cls: type[T], arguments: Mapping[str, Any], key: str, **derived: A
 def choose(table: Mapping[str, T], name: Any, key: str) -> T:
     """``table[name]``; an unknown name lists the known ones."""
     if name not in table:
-        raise UserError(f"{key}={name} is unknown{did_you_mean(str(name), list(table))}; choose one of {', '.join(table)}")
+        raise UserError(
+            f"{key}={name} is unknown{did_you_mean(str(name), list(table))}; choose one of {', '.join(table)}"
+        )
     return table[name]
 
 

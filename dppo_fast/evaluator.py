@@ -14,8 +14,8 @@ class Evaluator:
     """Runs one episode in each env that ``make_env`` builds, always from the same seed.
 
     The actor's random numbers come from that seed as well, so evaluations are comparable with each other and leave the
-    training's random stream alone. Success is an episode's best chunk reward per env step (``sparse_reward``: its return)
-    reaching ``success_threshold``.
+    training's random stream alone. Success is an episode's best chunk reward per env step (``sparse_reward``: its
+    return) reaching ``success_threshold``.
     """
 
     def __init__(

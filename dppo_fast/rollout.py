@@ -15,9 +15,9 @@ from dppo_fast.types import Actor, Obs, VecEnv
 class EpisodeStatistics:
     """Returns of the episodes that end inside a rollout; unfinished ones are carried over to the next.
 
-    An episode's best reward is its largest chunk reward per env step, or, with ``sparse_reward``, its return; it succeeds
-    when that reaches ``success_threshold``. ``whole_only`` counts as the reference does: only episodes that also began
-    inside the rollout, and not those of a single chunk.
+    An episode's best reward is its largest chunk reward per env step, or, with ``sparse_reward``, its return; it
+    succeeds when that reaches ``success_threshold``. ``whole_only`` counts as the reference does: only episodes that
+    also began inside the rollout, and not those of a single chunk.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ def train(node: DictConfig) -> None:
         resume_row = trainer.iteration + 1
         if trainer.iteration >= config.train.n_train_itr:
             raise UserError(
-                f"resume={run} has finished its train.n_train_itr={config.train.n_train_itr} iterations; raise that to go on"
+                f"resume={run} has finished its train.n_train_itr={config.train.n_train_itr} iterations; raise it"
             )
     else:
         _make_run_directory(run)

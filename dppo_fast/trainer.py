@@ -23,8 +23,8 @@ from dppo_fast.types import Metrics
 @dataclass(frozen=True)
 class TrainConfig:
     """``n_steps`` decisions per env and iteration; evaluation every ``val_freq`` iterations (0: never) over
-    ``eval_episodes`` episodes. A checkpoint is written every ``save_freq`` iterations; the newest ``keep_checkpoints`` and
-    those of every ``save_model_freq``-th iteration stay.
+    ``eval_episodes`` episodes. A checkpoint is written every ``save_freq`` iterations; the newest
+    ``keep_checkpoints`` and those of every ``save_model_freq``-th iteration stay.
 
     ``reset_at_iteration`` starts new episodes at every iteration. ``evaluate_in_place`` is the reference's way: every
     ``val_freq``-th iteration, the first included, runs the training envs deterministically and learns nothing.
@@ -59,8 +59,9 @@ class Trainer:
         extra_state: Callable[[], Mapping[str, Any]] = dict,
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
-        """``generator`` is the source of all randomness in the algorithm and its actor; ``extra_state`` gives what else a
-        checkpoint should hold for those who only use the policy."""
+        """``generator`` is the source of all randomness in the algorithm and its actor; ``extra_state`` gives what
+        else a checkpoint should hold for those who only use the policy.
+        """
         self.algorithm = algorithm
         self.config = config
         self.run = run
@@ -123,7 +124,8 @@ class Trainer:
 
     def _collect(self, deterministic: bool) -> dict[str, float]:
         collector, buffer = self.collector, self.algorithm.buffer
-        assert collector is not None and buffer is not None
+        assert collector is not None
+        assert buffer is not None
         if self.config.reset_at_iteration or deterministic:
             collector.reset()
         statistics = collector.collect(buffer, deterministic)

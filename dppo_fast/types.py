@@ -1,7 +1,7 @@
 """The words that every part of the package shares.
 
-Letters, the same in every file: T steps, N envs, B batch, S denoising steps sampled, F fine-tuned denoising steps, K the
-training schedule's length, To observation steps, Ta action chunk, Do, Da dimensions, C H W image.
+Letters, the same in every file: T steps, N envs, B batch, S denoising steps sampled, F fine-tuned denoising steps, K
+the training schedule's length, To observation steps, Ta action chunk, Do, Da dimensions, C H W image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ ObsShapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 class UserError(ValueError):
-    """A user's mistake: the message names the key, the value and what would be right. The mains print it and exit with 2."""
+    """A user's mistake: the message names the key, the value and what would be right. The mains print it and exit
+    with 2.
+    """
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,10 @@ class Step:
     """What N envs answer to one action chunk.
 
     ``obs`` is where the next decision is taken, so after an episode's end it is the next episode's first observation.
-    ``final_obs`` holds, in the rows where ``terminated | truncated``, the last observation of the episode that just ended
-    (other rows repeat ``obs``); it is None when no episode ended. ``reward`` [N] float32 is summed over the chunk.
-    ``terminated`` and ``truncated`` [N] bool are never both set. ``valid`` [N] bool is None, or False where the simulator
-    produced NaN or Inf: that env was reset, its step counts as truncated, and must not be learned from.
+    ``final_obs`` holds, in the rows where ``terminated | truncated``, the last observation of the episode that just
+    ended (other rows repeat ``obs``); it is None when no episode ended. ``reward`` [N] float32 is summed over the
+    chunk. ``terminated`` and ``truncated`` [N] bool are never both set. ``valid`` [N] bool is None, or False where
+    the simulator produced NaN or Inf: that env was reset, its step counts as truncated, and must not be learned from.
     """
 
     obs: Obs

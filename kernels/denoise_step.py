@@ -7,8 +7,9 @@
     lp   = mean over the first reward_horizon steps and all action dims of
            clip(-(x' - mean)^2 / (2 L^2) - log L - log(2 pi) / 2, -5, 2)
 
-x [B, Th, Da] noisy action chunk, eps the network's output, z standard normal, L the log-prob's std; the other letters are
-one row of a noise schedule (`Coefficients`). Ho et al. 2020 (eq. 7, 11), Song et al. 2021 (eq. 12), Ren et al. 2024.
+x [B, Th, Da] noisy action chunk, eps the network's output, z standard normal, L the log-prob's std; the other letters
+are one row of a noise schedule (`Coefficients`). Ho et al. 2020 (eq. 7, 11), Song et al. 2021 (eq. 12), Ren et al.
+2024.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ LOG_PROB_RANGE = (-5.0, 2.0)
 
 
 class Coefficients(NamedTuple):
-    """One denoising step, broadcastable against [B, Th, Da]: scalars, [B, 1, 1] or (std, m0, mx with learned eta) [B, 1, Da]."""
+    """One denoising step, broadcastable against [B, Th, Da]: scalars, [B, 1, 1] or (std, m0, mx with learned eta) [B,
+    1, Da].
+    """
 
     cx: Tensor
     ce: Tensor
@@ -70,7 +73,8 @@ def denoise_step(
 ) -> tuple[Tensor, Tensor]:
     """One step: (x', mean), both [B, Th, Da].
 
-    ``std`` is the sampling std (c.std with its floor, or 0), ``noise`` the draw z, already clamped; ``out_clip`` bounds x'.
+    ``std`` is the sampling std (c.std with its floor, or 0), ``noise`` the draw z, already clamped; ``out_clip``
+    bounds x'.
     """
     mean = posterior_mean(eps, x, c, x0_clip, eps_clip)
     x_next = mean + std * noise

@@ -47,9 +47,7 @@ class BehaviourCloning(Algorithm):
         self.epoch_batches: Callable[[], Iterable[Tensor]] = self._epoch_batches
         self.ema = EMA(policy, config.ema_decay)
         self.actor = self.ema.average
-        self.trainable = Trainable(
-            policy.parameters(), config.learning_rate, config.lr_scheduler, config.weight_decay
-        )
+        self.trainable = Trainable(policy.parameters(), config.learning_rate, config.lr_scheduler, config.weight_decay)
         self.batches = 0
 
     def steps_to_collect(self, iteration: int) -> int:

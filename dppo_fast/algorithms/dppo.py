@@ -19,8 +19,9 @@ from dppo_fast.policies.diffusion import DiffusionPolicy
 class DPPOConfig(PPOConfig):
     """``clip_ploss_coef_base`` and ``_coef`` are the clip ranges at the earliest and last fine-tuned step.
 
-    Every ``ft_denoising_steps_t`` iterations ``ft_denoising_steps_d`` fewer steps are fine-tuned (0: never). The sampling
-    std's floor moves linearly to ``min_sampling_denoising_std_final`` over ``min_sampling_denoising_std_iterations``.
+    Every ``ft_denoising_steps_t`` iterations ``ft_denoising_steps_d`` fewer steps are fine-tuned (0: never). The
+    sampling std's floor moves linearly to ``min_sampling_denoising_std_final`` over
+    ``min_sampling_denoising_std_iterations``.
     """
 
     gamma_denoising: float = 0.99

@@ -1,7 +1,7 @@
 """Proximal policy optimisation over action chunks (Schulman et al. 2017); DPPO is built on it.
 
-A policy's decision has one or several scored parts (`Policy.decisions`): a Gaussian chunk is one, a denoising chain is F.
-Minibatches draw (decision, part) pairs.
+A policy's decision has one or several scored parts (`Policy.decisions`): a Gaussian chunk is one, a denoising chain
+is F. Minibatches draw (decision, part) pairs.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class PPO(Algorithm):
     def update(self, iteration: int) -> Metrics:
         """Several epochs of minibatches over the rollout.
 
-        Once approx_kl exceeds ``target_kl`` no further step is taken. On a GPU the host does not wait to learn of it: the
-        remaining minibatches run, and a flag on the device turns their optimizer steps off.
+        Once approx_kl exceeds ``target_kl`` no further step is taken. On a GPU the host does not wait to learn of it:
+        the remaining minibatches run, and a flag on the device turns their optimizer steps off.
         """
         c = self.config
         batch = self._prepare()
@@ -155,7 +155,7 @@ class PPO(Algorithm):
             trainable.zero_grad()
         metrics: dict[str, Tensor] = {}
         size = c.microbatch_size or (CPU_MICROBATCH if self.device.type == "cpu" else len(row))
-        for rows_, k_, advantage_ in zip(row.split(size), k.split(size), advantage.split(size), strict=True):
+        for rows_, k_, advantage_ in zip(*(torch.split(rows, size) for rows in (row, k, advantage)), strict=True):
             share = len(rows_) / len(row)
             loss, piece = self.loss(batch, rows_, k_, advantage_)
             (loss * share).backward()  # type: ignore[no-untyped-call]

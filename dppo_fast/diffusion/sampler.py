@@ -1,4 +1,6 @@
-"""Sampling a denoising chain in two segments: the frozen base network first, the fine-tuned one for the last F steps."""
+"""Sampling a denoising chain in two segments: the frozen base network first, the fine-tuned one for the last F
+steps.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Clips:
-    """Symmetric bounds; None does not bound. ``x0``, ``eps``: the step's predictions. ``randn``: the draws of the steps, not
-    the initial x. ``action``: the chain's last x, as it is stored."""
+    """Symmetric bounds; None does not bound. ``x0``, ``eps``: the step's predictions. ``randn``: the draws of the
+    steps, not the initial x. ``action``: the chain's last x, as it is stored.
+    """
 
     x0: float | None = 1.0
     eps: float | None = None
@@ -45,7 +48,9 @@ class Clips:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Where and how the sampler records the chain: from step ``first`` on, with the log-prob's std floor and horizon."""
+    """Where and how the sampler records the chain: from step ``first`` on, with the log-prob's std floor and
+    horizon.
+    """
 
     first: int
     min_std: float | Tensor

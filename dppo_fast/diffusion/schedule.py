@@ -1,6 +1,7 @@
 """Noise schedules as tables with one row per denoising step, in the order of sampling.
 
-Letters: K the training schedule's length, S the denoising steps sampled, abar the cumulative product of alpha = 1 - beta.
+Letters: K the training schedule's length, S the denoising steps sampled, abar the cumulative product of alpha = 1 -
+beta.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ DETERMINISTIC_DDPM_STD_FLOOR = 1e-3
 class CosineSchedule:
     """The forward process (Nichol & Dhariwal 2021, eq. 17), each table [K], t ascending, float32.
 
-    K+1 points reach K+1, so their spacing is (K+1)/K; beta is computed in float64 and the rest in float32 from the cast beta.
+    K+1 points reach K+1, so their spacing is (K+1)/K; beta is computed in float64 and the rest in float32 from the
+    cast beta.
     """
 
     betas: Tensor
@@ -121,10 +123,10 @@ class NoiseSchedule(nn.Module):
         s = (1 - a).sqrt()
         return a_prev.sqrt() - direction * a.sqrt() / s, direction / s, sigma
 
-    def coefficients(
-        self, k: int | Tensor, deterministic: bool = False, eta: Tensor | None = None
-    ) -> Coefficients:
-        """Steps ``k`` (an index into the order of sampling, or [B] of them); ``eta`` [B, 1 or Da] replaces the table's."""
+    def coefficients(self, k: int | Tensor, deterministic: bool = False, eta: Tensor | None = None) -> Coefficients:
+        """Steps ``k`` (an index into the order of sampling, or [B] of them); ``eta`` [B, 1 or Da] replaces the
+        table's.
+        """
         table = self.deterministic_table if deterministic else self.table
         columns = table[k] if isinstance(k, int) else table[k][:, None, None]  # [7] or [B, 1, 1, 7]
         row = Coefficients(*columns.unbind(-1))

@@ -166,7 +166,7 @@ def _range(data: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]
 
 def normalization_from_state(state: Mapping[str, Tensor]) -> Normalization:
     """The normalisation whose ``state_dict`` this is. Raises UserError where it is of none."""
-    arrays = {name: value.cpu().numpy() for name, value in state.items()}
+    arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in state.items()}
     for kind in (Identity, MinMax):
         if set(arrays) == set(kind.fields):
             return kind(**arrays)

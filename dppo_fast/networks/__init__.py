@@ -1,1 +1,3 @@
-"""Networks: observation (and noisy action, timestep) in, tensors out. Only networks know what an observation contains."""
+"""Networks: observation (and noisy action, timestep) in, tensors out. Only networks know what an observation
+contains.
+"""

@@ -76,7 +76,7 @@ class _EtaMLP(Eta):
                 nn.init.zeros_(module.bias)
 
     def forward(self, obs: Obs) -> Tensor:
-        residual = self.mlp_res(obs["state"].flatten(1)).tanh()
+        residual: Tensor = self.mlp_res(obs["state"].flatten(1)).tanh()
         return (residual + self.base_eta).clamp(self.min_eta, self.max_eta)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.moduleList = nn.ModuleList()
-        for i, (n_in, n_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for i, (n_in, n_out) in enumerate(pairwise(dims)):
             last = i == len(dims) - 2
             layer = nn.Sequential()
             layer.add_module("linear_1", nn.Linear(n_in, n_out))
@@ -49,7 +50,7 @@ class MLP(nn.Module):
         return linear
 
     def rest(self, h: Tensor) -> Tensor:
-        for module in list(self.moduleList[0])[1:]:
+        for module in list(self.moduleList[0].children())[1:]:
             h = module(h)
         for layer in self.moduleList[1:]:
             h = layer(h)
@@ -76,7 +77,8 @@ class ResidualBlock(nn.Module):
         h = self.act(self.norm1(x) if self.use_layernorm else x)
         h = self.l1(h)
         h = self.act(self.norm2(h) if self.use_layernorm else h)
-        return x + self.l2(h)
+        out: Tensor = x + self.l2(h)
+        return out
 
 
 class ResidualMLP(nn.Module):
@@ -129,9 +131,9 @@ def trunk(
 class DiffusionMLP(nn.Module):
     """Denoising network: (x_t, t, obs) -> eps or x0, by an MLP over [x_t, time embedding, observation].
 
-    Its first layer is split by columns, W [x; tau; c] + b = Wx x + Wt tau + (Wc c + b): the observation part is computed
-    once per chain (``encode_obs``), the time part once per denoising step for the whole batch (``time_table``), and only
-    ``denoise`` runs at every step.
+    Its first layer is split by columns, W [x; tau; c] + b = Wx x + Wt tau + (Wc c + b): the observation part is
+    computed once per chain (``encode_obs``), the time part once per denoising step for the whole batch
+    (``time_table``), and only ``denoise`` runs at every step.
     """
 
     def __init__(
@@ -172,7 +174,7 @@ class DiffusionMLP(nn.Module):
     def denoise(self, x: Tensor, time: Tensor, obs: Tensor) -> Tensor:
         """x [B, Th, Da], a row or rows of ``time_table`` [H] or [B, H], ``encode_obs`` [B, H] -> [B, Th, Da]."""
         h = torch.addmm(obs + time, x.flatten(1), self._columns(0).t())
-        return self.mlp_mean.rest(h).unflatten(1, self.action_shape)
+        return self.mlp_mean.rest(h).view(-1, *self.action_shape)
 
     def forward(self, x: Tensor, t: Tensor, obs: Obs) -> Tensor:
         """x [B, Th, Da], t [B] -> [B, Th, Da]."""
@@ -186,8 +188,8 @@ class DiffusionMLP(nn.Module):
 class GaussianMLP(nn.Module):
     """obs -> (mean, std) of a diagonal Gaussian over the action chunk, each [B, Th * Da].
 
-    std is ``fixed_std``; or one learned value per action dimension (``learn_fixed_std``), clamped to [std_min, std_max];
-    or, with ``fixed_std=None``, an output of the network squashed between them in log-variance.
+    std is ``fixed_std``; or one learned value per action dimension (``learn_fixed_std``), clamped to [std_min,
+    std_max]; or, with ``fixed_std=None``, an output of the network squashed between them in log-variance.
     """
 
     def __init__(

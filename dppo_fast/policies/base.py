@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ class Policy(nn.Module, ABC):
     ``generator`` is the source of all randomness in ``act``; None means PyTorch's default one.
     """
 
+    actor: Any
+    """The frozen base network, or the only one."""
+    actor_ft: Any
+    """The network that is fine-tuned; None where there is none."""
     horizon_steps: int
     action_dim: int
     generator: torch.Generator | None = None
@@ -49,9 +54,10 @@ class Policy(nn.Module, ABC):
     def behaviour_cloning_loss(self, obs: Obs) -> Tensor:
         """Minus the mean log-prob of what the frozen base policy samples for ``obs``."""
 
-    @abstractmethod
     def trained(self) -> nn.Module:
         """The network that the actor's optimizer trains."""
+        network: nn.Module = self.actor if self.actor_ft is None else self.actor_ft
+        return network
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal draws on the policy's device."""

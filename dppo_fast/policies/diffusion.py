@@ -43,8 +43,8 @@ class DiffusionConfig:
 class DiffusionPolicy(Policy):
     """``actor`` denoises the first S-F steps and is frozen once F > 0; ``actor_ft`` denoises the last F and is trained.
 
-    ``record``: ``chain`` [N, F+1, Th, Da], the points around each fine-tuned step, and ``log_prob`` [N, F], the behaviour
-    log-probs that the sampler emits.
+    ``record``: ``chain`` [N, F+1, Th, Da], the points around each fine-tuned step, and ``log_prob`` [N, F], the
+    behaviour log-probs that the sampler emits.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DiffusionPolicy(Policy):
         F = config.ft_denoising_steps
         if not 0 <= F <= self.schedule.steps:
             raise UserError(
-                f"ft_denoising_steps={F} must lie between 0 and the {self.schedule.steps} denoising steps that are sampled"
+                f"ft_denoising_steps={F} must lie between 0 and the {self.schedule.steps} denoising steps sampled"
             )
         if config.learn_eta and (eta is None or not self.schedule.ddim):
             raise UserError("learn_eta=true needs DDIM (ddim_steps) and an eta network")
@@ -78,8 +78,8 @@ class DiffusionPolicy(Policy):
         )
         self.min_sampling_std = float(config.min_sampling_denoising_std)
         self.min_log_prob_std = float(config.min_logprob_denoising_std)
-        self.actor: Any = network
-        self.actor_ft: Any = None
+        self.actor = network
+        self.actor_ft = None
         self.eta = eta
         if F > 0:
             self.actor_ft = copy.deepcopy(network)
@@ -95,10 +95,6 @@ class DiffusionPolicy(Policy):
     def first_ft_step(self) -> int:
         """S - F: where the fine-tuned network takes over."""
         return self.schedule.steps - self.ft_steps
-
-    def trained(self) -> nn.Module:
-        network: nn.Module = self.actor if self.actor_ft is None else self.actor_ft
-        return network
 
     def eta_of(self, obs: Obs) -> Tensor | None:
         """[B, 1 or Da] where eta depends on the observation or is learned; None where the schedule's table holds it."""

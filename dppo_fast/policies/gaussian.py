@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +31,12 @@ class GaussianPolicy(Policy):
         self.config = config
         self.horizon_steps = horizon_steps
         self.action_dim = action_dim
-        self.actor_ft: Any = network
-        self.actor: Any = copy.deepcopy(network).requires_grad_(False)
+        self.actor_ft = network
+        self.actor = copy.deepcopy(network).requires_grad_(False)
 
     @property
     def decisions(self) -> int:
         return 1
-
-    def trained(self) -> nn.Module:
-        network: nn.Module = self.actor_ft
-        return network
 
     @torch.no_grad()
     def act(self, obs: Obs, deterministic: bool = False) -> Act:
@@ -80,5 +75,4 @@ class GaussianPolicy(Policy):
         return mean + std * self.randn(*mean.shape).clamp(-bound, bound)
 
     def _chunk(self, flat: Tensor) -> Tensor:
-        return flat.unflatten(-1, (self.horizon_steps, self.action_dim))
-
+        return flat.view(-1, self.horizon_steps, self.action_dim)

@@ -1,0 +1,109 @@
+"""Networks against the reference's outputs and gradients, and at their real sizes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dppo_fast.networks.embed import SinusoidalPosEmb
+from tests.golden_files import Case, golden_cases
+from tests.golden_models import (
+    Shapes,
+    build,
+    check_gradients,
+    critic_mlp,
+    diffusion_mlp,
+    has_diffusion_mlp,
+    observations,
+)
+from tests.tolerances import EXACT, FORWARD, GRADIENT
+
+
+def load(case: Case) -> nn.Module:
+    module = build(case.cfg)
+    module.load_state_dict(case.tensors("w/"))
+    return module
+
+
+def backward(case: Case, **outputs: Tensor) -> None:
+    """Of the sum of the outputs times the cotangents that the case has for them."""
+    sum((out * case.tensor(name)).sum() for name, out in outputs.items() if name in case).backward()
+
+
+@pytest.mark.parametrize("case", golden_cases("02_diffusion_mlp", lambda case: case.cls == "DiffusionMLP"))
+def test_denoising_network(case: Case) -> None:
+    network = load(case)
+    x = case.tensor("in/x").requires_grad_()
+    out = network(x, case.tensor("in/t"), observations(case))
+    FORWARD.check(out, case["out"])
+    backward(case, cot=out)
+    check_gradients(case.tensors("grad/"), network)
+    GRADIENT.check(x.grad, case["gin"], "x")
+
+
+@pytest.mark.parametrize("case", golden_cases("02_diffusion_mlp", lambda case: case.name.startswith("posemb")))
+def test_time_embedding(case: Case) -> None:
+    out = SinusoidalPosEmb(case["out"].shape[1])(case.tensor("t"))
+    FORWARD.check(out, case["out"])
+
+
+@pytest.mark.parametrize("case", golden_cases("02_critics", lambda case: case.cls == "CriticObs"))
+def test_critic(case: Case) -> None:
+    critic = load(case)
+    out = critic(observations(case))[:, None]
+    FORWARD.check(out, case["out"])
+    backward(case, cot=out)
+    check_gradients(case.tensors("grad/"), critic)
+
+
+@pytest.mark.parametrize("case", golden_cases("02_gaussian_gmm_transformer", lambda case: case.cls == "Gaussian_MLP"))
+def test_gaussian_network(case: Case) -> None:
+    network = load(case)
+    mean, std = network(observations(case))
+    FORWARD.check(mean, case["out0"], "mean")
+    FORWARD.check(std, case["out1"], "std")
+    backward(case, cot0=mean, cot1=std)
+    check_gradients(case.tensors("grad/"), network)
+
+
+@pytest.mark.parametrize("case", golden_cases("02_eta", lambda case: case.cls.startswith("Eta")))
+def test_eta(case: Case) -> None:
+    eta = load(case)
+    out = eta(observations(case))
+    FORWARD.check(out, case["out"])
+    if case["requires_grad"]:
+        assert eta.constant is None
+        backward(case, cot=out)
+        check_gradients(case.tensors("grad/"), eta)
+    else:
+        EXACT.check(eta.constant, case["out"].flat[0])
+
+
+def real_shapes(case: Case) -> Shapes:
+    return {str(name): json.loads(str(shape)) for name, shape in zip(*(case[k] for k in PARAMETERS), strict=True)}
+
+
+PARAMETERS = ("param_names", "param_shapes")
+
+
+def real_size(case: Case) -> Shapes:
+    """The parameters' shapes of a network"""
+    names, shapes = case["param_names"], case["param_shapes"]
+    return {str(name): json.loads(str(shape)) for name, shape in zip(names, shapes, strict=True)}
+
+
+def formula_weights(shapes: Shapes) -> dict[str, Tensor]:
+    """The parameters that the golden file defines by a formula: a cosine of the position, scaled by the fan-in."""
+    weights = {}
+    for j, (name, shape) in enumerate(shapes.items()):
+        numel = torch.Size(shape).numel()
+        wave = torch.cos(0.37 * torch.arange(numel, dtype=torch.float64) + 1.7 * j + 0.1)
+        if len(shape) >= 2:
+            value = wave / max(1, numel // shape[0]) ** 0.5
+        else:
+            value = 0.1 * wave + (1.0 if name.endswith("weight") else 0.0)
+        weights[name] = value.float().view(shape)
+    return weights
