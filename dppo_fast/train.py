@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,8 +69,9 @@ def _make_run_directory(run: Path) -> None:
         raise UserError(f"logdir={run} is not writable ({error.strerror}); choose another directory") from error
 
 
-def main() -> int:
-    return hydra_main(train, sys.argv[1:])
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line's arguments unless given; returns the exit code."""
+    return hydra_main(train, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Parameters stand below the reference's names: ``network`` or ``actor`` the base 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -62,10 +62,18 @@ def shapes_of(weights: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(value.shape) for name, value in weights.items()}
 
 
-def has_diffusion_mlp(weights: Mapping[str, Any]) -> bool:
-    """Whether parameters of these names make a policy whose networks are plain DiffusionMLPs."""
-    roots = {name.split(".")[1] for name in weights if name.split(".")[0] in ("network", "actor", "actor_ft")}
-    return {"time_embedding", "mlp_mean"} <= roots <= {"time_embedding", "mlp_mean", "cond_mlp"}
+def roots(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def is_diffusion_mlp(names: Iterable[str]) -> bool:
+    """Whether a network with parameters of these names is a DiffusionMLP."""
+    return {"time_embedding", "mlp_mean"} <= roots(names) <= {"time_embedding", "mlp_mean", "cond_mlp"}
+
+
+def base_weights(weights: Mapping[str, T]) -> dict[str, T]:
+    """Those of the base policy; where only the fine-tuned network is there, it is the base policy, too."""
+    return below(weights, "network.") or below(weights, "actor.") or below(weights, "actor_ft.")
 
 
 def trunk_options(shapes: Shapes) -> dict[str, Any]:
@@ -142,12 +150,8 @@ def load_critic(weights: Mapping[str, Tensor]) -> CriticObs:
 def diffusion_policy(
     cfg: Mapping[str, Any], weights: Mapping[str, Tensor], network: nn.Module | None = None
 ) -> DiffusionPolicy:
-    """The policy with these weights; its network follows from their shapes unless given.
-
-    Where only the fine-tuned network is there, it is the base policy, too.
-    """
-    trained = below(weights, "actor_ft.")
-    base = below(weights, "network.") or below(weights, "actor.") or trained
+    """The policy with these weights; its network follows from their shapes unless given."""
+    base = base_weights(weights)
     if network is None:
         network = diffusion_mlp(shapes_of(base), cfg["horizon_steps"], cfg["action_dim"])
     config = options(DiffusionConfig, cfg, {} if cfg.get("use_ddim") else {"ddim_steps": None})
@@ -156,19 +160,34 @@ def diffusion_policy(
     policy = DiffusionPolicy(network, config, cfg["horizon_steps"], cfg["action_dim"], eta)
     policy.actor.load_state_dict(base)
     if policy.actor_ft is not None:
-        policy.actor_ft.load_state_dict(trained)
+        policy.actor_ft.load_state_dict(below(weights, "actor_ft."))
     if eta is not None:
         eta.load_state_dict(below(weights, "eta."))
     return policy
 
 
 def gaussian_policy(
-    network: nn.Module, cfg: Mapping[str, Any], horizon_steps: int, action_dim: int, weights: Mapping[str, Tensor]
+    spec: Mapping[str, Any], cfg: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> GaussianPolicy:
-    policy = GaussianPolicy(network, options(GaussianConfig, cfg), horizon_steps, action_dim)
-    policy.actor_ft.load_state_dict(below(weights, "actor_ft."))
-    policy.actor.load_state_dict(below(weights, "actor."))
+    """The policy with these weights whose network ``spec`` describes; without other ones, the base policy is the same."""
+    network = build(spec)
+    assert isinstance(network, GaussianMLP)
+    policy = GaussianPolicy(network, options(GaussianConfig, cfg), network.horizon_steps, network.action_dim)
+    trained = below(weights, "actor_ft.")
+    policy.actor_ft.load_state_dict(trained)
+    policy.actor.load_state_dict(below(weights, "actor.") or trained)
     return policy
+
+
+def gaussian_of(case: Case) -> GaussianPolicy:
+    """The policy of a case whose ``net`` says all but the dimensions."""
+    horizon_steps, action_dim = case["in/actions"].shape[1:]
+    dims = {"horizon_steps": horizon_steps, "action_dim": action_dim, "cond_dim": case["in/state"][0].size}
+    return gaussian_policy({"_target_": "Gaussian_MLP", **case.cfg["net"], **dims}, case.cfg, case.tensors("w/"))
+
+
+def is_gaussian_mlp(case: Case) -> bool:
+    return "net" in case.cfg and "num_modes" not in case.cfg["net"]
 
 
 def observations(case: Case) -> Obs:

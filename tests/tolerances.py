@@ -34,6 +34,13 @@ EXACT = Tolerance()
 FLOAT64 = Tolerance(relative=1e-12)
 
 
+def log_densities(x: ArrayLike, expected: ArrayLike, std: float) -> Tolerance:
+    """Of normal densities at ``x``: LOG_PROB, or, for large ``x``, what 4 roundings of x do at the largest z: z dx / std."""
+    dx = 2.0**-22 * float(torch.as_tensor(x).abs().max())
+    z = (2 * float(torch.as_tensor(expected).abs().max())) ** 0.5
+    return Tolerance(absolute=max(LOG_PROB.absolute, z * dx / std))
+
+
 def weights_after_training(sensitivity: float) -> Tolerance:
     """``sensitivity``: how far this parameter ended up when the initial weights were disturbed by 1e-6 N(0, 1)."""
     return Tolerance(absolute=max(1e-5, 10 * sensitivity))
