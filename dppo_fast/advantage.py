@@ -51,9 +51,9 @@ def estimate_advantages(
     last_value = evaluate_critic(critic, buffer.last_obs)
     bootstrap = torch.zeros_like(value)
     if bootstrap_truncated and buffer.final:
-        steps = [t for t, _ in buffer.final]
         stacked = {name: torch.cat([obs[name] for _, obs in buffer.final]) for name in buffer.obs}
-        bootstrap[steps] = evaluate_critic(critic, stacked).view(len(steps), N)
+        for (t, _), final_value in zip(buffer.final, evaluate_critic(critic, stacked).view(-1, N), strict=True):
+            bootstrap[t] = final_value
     truncated = buffer.truncated if bootstrap_truncated else torch.zeros_like(buffer.truncated)
     advantage, returns = gae(reward, value, bootstrap, last_value, buffer.terminated, truncated, gamma, lam)
     return Estimates(value, advantage, returns)

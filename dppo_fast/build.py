@@ -20,7 +20,7 @@ from dppo_fast.algorithms.dppo import DPPO
 from dppo_fast.algorithms.ppo import PPO, PPOConfig
 from dppo_fast.buffer import RolloutBuffer
 from dppo_fast.checkpoint import CheckpointError, PolicyWeights, load_policy_weights, load_weights
-from dppo_fast.config import choose, construct, resolve_path, typed
+from dppo_fast.config import choose, construct, naming, resolve_path, typed
 from dppo_fast.data.trajectories import ChunkDataset, Trajectories
 from dppo_fast.envs import ChunkEnv, EnvConfig, make_env
 from dppo_fast.envs.normalize import Normalization, normalization_from_state
@@ -33,7 +33,7 @@ from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from dppo_fast.policies.gaussian import GaussianConfig, GaussianPolicy
 from dppo_fast.rollout import Collector, EpisodeStatistics
 from dppo_fast.trainer import TrainConfig, Trainer
-from dppo_fast.types import ObsShapes, UserError
+from dppo_fast.types import ObsShapes, UserError, require_ranges
 
 NETWORKS: dict[str, type[nn.Module]] = {"diffusion_mlp": DiffusionMLP, "gaussian_mlp": GaussianMLP}
 CRITICS: dict[str, type[nn.Module]] = {"mlp": CriticObs}
@@ -58,6 +58,14 @@ class TaskConfig:
     best_reward_threshold_for_success: float = math.inf
     sparse_reward: bool = False
 
+    def __post_init__(self) -> None:
+        require_ranges(self, "task", dict.fromkeys(("horizon_steps", "act_steps", "cond_steps"), "[1, inf)"))
+        if self.act_steps > self.horizon_steps:
+            raise UserError(
+                f"task.act_steps={self.act_steps} is longer than task.horizon_steps={self.horizon_steps}, the chunk "
+                "that the policy predicts; it must be at most that"
+            )
+
 
 @dataclass
 class PolicyNode:
@@ -74,6 +82,9 @@ class PolicyNode:
 class DataNode:
     path: str | None = None
     max_n_episodes: int | None = None
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "data", {"max_n_episodes": "[1, inf)"})
 
 
 @dataclass
@@ -106,32 +117,18 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self) -> None:
+        require_ranges(self, "", {"seed": "[0, 4294967295]", "num_threads": "[0, inf)"})
+        if self.compat not in (None, "reference"):
+            raise UserError(f"compat={self.compat} is unknown; choose reference, or null for none")
+        if self.resume_from not in ("latest", "previous"):
+            raise UserError(f"resume_from={self.resume_from} is unknown; choose latest or previous")
+        choose(ALGORITHMS, self.algorithm.get("name"), "algorithm.name")
+
 
 def parse(node: Any) -> RunConfig:
-    """The typed configuration, with what can be wrong in it checked before anything is built."""
-    config = typed(RunConfig, node, "")
-    task, train = config.task, config.train
-    if config.compat not in (None, "reference"):
-        raise UserError(f"compat={config.compat} is unknown; choose reference, or null for none")
-    for key, value in {
-        "task.horizon_steps": task.horizon_steps,
-        "task.act_steps": task.act_steps,
-        "task.cond_steps": task.cond_steps,
-        "train.n_steps": train.n_steps,
-        "train.n_train_itr": train.n_train_itr,
-        "train.save_freq": train.save_freq,
-        "train.keep_checkpoints": train.keep_checkpoints,
-        "train.eval_episodes": train.eval_episodes,
-    }.items():
-        if value < 1:
-            raise UserError(f"{key}={value} must be at least 1")
-    if task.act_steps > task.horizon_steps:
-        raise UserError(
-            f"task.act_steps={task.act_steps} is longer than task.horizon_steps={task.horizon_steps}, the chunk that "
-            "the policy predicts; it must be at most that"
-        )
-    choose(ALGORITHMS, config.algorithm.get("name"), "algorithm.name")
-    return config
+    """The typed configuration. Raises UserError for every mistake that shows without building anything."""
+    return typed(RunConfig, node, "")
 
 
 def pick_device(name: str) -> torch.device:
@@ -169,7 +166,8 @@ def build_diffusion(config: RunConfig, network: nn.Module, obs_shapes: ObsShapes
         if cls in (EtaState, EtaStateAction):
             dims["input_dim"] = math.prod(obs_shapes["state"])
         eta = construct(cls, arguments, "policy.eta", **dims)
-    return DiffusionPolicy(network, chain, config.task.horizon_steps, action_dim, eta)
+    with naming("policy.options"):
+        return DiffusionPolicy(network, chain, config.task.horizon_steps, action_dim, eta)
 
 
 def build_gaussian(config: RunConfig, network: nn.Module, obs_shapes: ObsShapes, action_dim: int) -> GaussianPolicy:
@@ -192,16 +190,26 @@ def build_policy(config: RunConfig, obs_shapes: ObsShapes, action_dim: int, seed
         return make(config, network, obs_shapes, action_dim)
 
 
+def start_policy(config: RunConfig, obs_shapes: ObsShapes, action_dim: int, device: torch.device) -> Policy:
+    """The policy that training starts from: ``policy.checkpoint``, or random weights."""
+    policy = build_policy(config, obs_shapes, action_dim, config.seed).to(device)
+    if config.policy.checkpoint is not None:
+        with naming("policy.checkpoint"):
+            load_base(policy, load_policy_weights(resolve_path(config.policy.checkpoint)))
+    return policy
+
+
 def load_base(policy: Policy, weights: PolicyWeights) -> None:
     """Start from a pre-trained policy: both networks take its base weights."""
     if weights.actor_ft is not None and isinstance(policy, DiffusionPolicy):
         raise CheckpointError(
-            f"policy.checkpoint={weights.source} is fine-tuned already; give a pre-trained one, or continue its "
-            "run with resume=<run directory>"
+            f"{weights.source} is fine-tuned already; give a pre-trained one, or continue its run with "
+            "resume=<run directory>"
         )
+    trained = weights.actor if isinstance(policy, DiffusionPolicy) else weights.actor_ft or weights.actor
     for network in (policy.actor, policy.actor_ft):
         if network is not None:
-            load_weights(network, weights.actor, f"policy.checkpoint={weights.source}")
+            load_weights(network, trained, weights.source)
 
 
 def load_trained(policy: Policy, weights: PolicyWeights) -> None:
@@ -212,8 +220,8 @@ def load_trained(policy: Policy, weights: PolicyWeights) -> None:
     if isinstance(policy, DiffusionPolicy):
         if policy.eta is not None and weights.eta is not None:
             load_weights(policy.eta, weights.eta, weights.source)
-        if weights.state is not None and policy.ft_steps:
-            policy.ft_steps = int(weights.state["algorithm"]["ft_steps"])
+        if weights.interface is not None:
+            policy.ft_steps = int(weights.interface["ft_steps"])
 
 
 def env_config(config: RunConfig, num_envs: int | None = None) -> EnvConfig:
@@ -223,8 +231,11 @@ def env_config(config: RunConfig, num_envs: int | None = None) -> EnvConfig:
     node = {**config.env, "act_steps": config.task.act_steps, "obs_steps": config.task.cond_steps}
     if num_envs is not None:
         node["num_envs"] = num_envs
+    if config.compat == "reference":
+        node["time_limit_terminates"] = True
     result = typed(EnvConfig, node, "env")
-    return replace(result, normalization=resolve_path(result.normalization))
+    with naming("env.normalization"):
+        return replace(result, normalization=resolve_path(result.normalization))
 
 
 def build_trainer(config: RunConfig, run: Path, run_config: Mapping[str, Any] | None = None) -> Trainer:
@@ -243,13 +254,17 @@ def _build_offline(
     bc = typed(BCConfig, _options(config.algorithm), "algorithm")
     if config.data.path is None:
         raise UserError("data.path is missing: give the demonstrations' npz file")
-    path = resolve_path(config.data.path)
-    trajectories = Trajectories.load(path)
+    with naming("data.path"):
+        path = resolve_path(config.data.path)
+        trajectories = Trajectories.load(path)
     task = config.task
-    dataset = ChunkDataset(trajectories, task.horizon_steps, task.cond_steps, config.data.max_n_episodes, device)
+    with naming("task"):
+        dataset = ChunkDataset(trajectories, task.horizon_steps, task.cond_steps, config.data.max_n_episodes, device)
     if bc.batch_size > len(dataset):
         raise UserError(f"algorithm.batch_size={bc.batch_size} is larger than the {len(dataset)} windows of {path}")
-    policy = build_policy(config, dataset.obs_shapes, dataset.action_dim, config.seed).to(device)
+    policy = start_policy(config, dataset.obs_shapes, dataset.action_dim, device)
+    if isinstance(policy, DiffusionPolicy) and policy.ft_steps:
+        raise UserError(f"policy.options.ft_denoising_steps={policy.ft_steps} is for fine-tuning; pre-training needs 0")
     policy.generator = generator
     algorithm = BehaviourCloning(policy, bc, dataset)
     algorithm.generator = algorithm.actor.generator = generator
@@ -261,8 +276,8 @@ def _build_offline(
         normalization = env.normalization
         if config.train.val_freq:
             evaluator = _evaluator(config, device, normalization)
-    extra = _interface(dataset.obs_shapes, dataset.action_dim, normalization)
-    return Trainer(algorithm, config.train, run, generator, None, evaluator, extra, run_config)
+    interface = _interface(policy, dataset.obs_shapes, normalization)
+    return Trainer(algorithm, config.train, run, generator, None, evaluator, interface, run_config)
 
 
 def _build_online(
@@ -275,11 +290,8 @@ def _build_online(
     train = config.train
     if reference:
         train = TrainConfig(**{**vars(train), "evaluate_in_place": True})
-    base = None if config.policy.checkpoint is None else load_policy_weights(resolve_path(config.policy.checkpoint))
     env = make_env(env_config(config), device, config.seed)
-    policy = build_policy(config, env.obs_shapes, env.action_dim, config.seed).to(device)
-    if base is not None:
-        load_base(policy, base)
+    policy = start_policy(config, env.obs_shapes, env.action_dim, device)
     if issubclass(cls, DPPO) != isinstance(policy, DiffusionPolicy):
         raise UserError(
             f"algorithm.name={config.algorithm['name']} does not fit policy.name={config.policy.name}: dppo trains "
@@ -304,8 +316,8 @@ def _build_online(
     )
     collector = Collector(env, policy, statistics)
     evaluator = None if reference or not train.val_freq else _evaluator(config, device, env.normalization)
-    extra = _interface(env.obs_shapes, env.action_dim, env.normalization)
-    return Trainer(algorithm, train, run, generator, collector, evaluator, extra, run_config)
+    interface = _interface(policy, env.obs_shapes, env.normalization)
+    return Trainer(algorithm, train, run, generator, collector, evaluator, interface, run_config)
 
 
 def _build_critic(config: RunConfig, obs_shapes: ObsShapes, seed: int) -> nn.Module:
@@ -342,12 +354,13 @@ def _options(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _interface(
-    obs_shapes: ObsShapes, action_dim: int, normalization: Normalization | None
+    policy: Policy, obs_shapes: ObsShapes, normalization: Normalization | None
 ) -> Callable[[], Mapping[str, Any]]:
-    """What a checkpoint tells to those who only use its policy."""
+    """What a checkpoint tells, as ``interface``, to those who only use its policy."""
     return lambda: {
         "obs_shapes": dict(obs_shapes),
-        "action_dim": action_dim,
+        "action_dim": policy.action_dim,
+        "ft_steps": policy.decisions,
         "normalization": None if normalization is None else normalization.state_dict(),
     }
 
@@ -371,12 +384,13 @@ class LoadedPolicy:
 def load_policy(path: str | Path, device: torch.device) -> LoadedPolicy:
     """The policy of one of our checkpoints, or of a run directory's latest, with nothing but the file."""
     weights = load_policy_weights(path)
-    if weights.state is None:
+    if weights.interface is None:
         raise UserError(f"{path}: a checkpoint of the reference holds no configuration; pass it as policy.checkpoint")
-    state = weights.state
+    interface = weights.interface
     config = parse(weights.config)
-    obs_shapes = {name: tuple(shape) for name, shape in state["obs_shapes"].items()}
-    policy = build_policy(config, obs_shapes, state["action_dim"], config.seed).to(device)
+    obs_shapes = {name: tuple(shape) for name, shape in interface["obs_shapes"].items()}
+    policy = build_policy(config, obs_shapes, interface["action_dim"], config.seed).to(device)
     load_trained(policy, weights)
-    normalization = None if state["normalization"] is None else normalization_from_state(state["normalization"])
+    saved = interface["normalization"]
+    normalization = None if saved is None else normalization_from_state(saved)
     return LoadedPolicy(policy, config, normalization, weights.source)

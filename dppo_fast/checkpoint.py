@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from dppo_fast.runtime.files import atomic_write
 from dppo_fast.types import UserError
 
 FORMAT = "dppo_fast/1"
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes -> the dtype as which NumPy, which lacks some of PyTorch's, can see a tensor."""
 NAME = re.compile(r"iteration_(\d+)\.safetensors")
 
 
@@ -35,7 +37,8 @@ class CheckpointError(UserError):
 @dataclass(frozen=True)
 class Checkpoint:
     """``weights``: module name -> state dict; ``deployed`` names the module to act with. ``state`` nests dicts and
-    lists of tensors, numbers and strings. ``iteration`` is the next one to run.
+    lists of tensors, numbers and strings; its ``interface`` is what acting takes: observation shapes, action dim,
+    F and the normalisation. ``iteration`` is the next one to run.
     """
 
     weights: Mapping[str, Mapping[str, Tensor]]
@@ -91,6 +94,12 @@ class Checkpoint:
         state = _unpack(outline["state"], tensors)
         return cls(weights, state, outline["config"], outline["iteration"], outline["deployed"])
 
+    def policy_only(self) -> Checkpoint:
+        """The same policy without what only training needs."""
+        return replace(
+            self, weights={self.deployed: self.weights[self.deployed]}, state={"interface": self.state["interface"]}
+        )
+
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint files of a run directory, oldest first."""
@@ -110,8 +119,6 @@ def find(path: str | Path, which: str = "latest") -> Path:
     if not path.is_dir():
         return path
     found = checkpoints(path)
-    if which not in ("latest", "previous"):
-        raise UserError(f"resume_from={which}: choose latest or previous")
     back = 1 if which == "latest" else 2
     if len(found) < back:
         raise CheckpointError(f"{path}: holds {len(found)} checkpoints, the {which} one is not there")
@@ -131,7 +138,8 @@ class PolicyWeights:
     """What a checkpoint says of a policy: the base network ``actor``, the fine-tuned ``actor_ft`` or None,
     ``critic``, ``eta``.
 
-    ``config`` and ``state`` are the run's; the reference's files have none.
+    ``config`` is the run's and ``interface`` what surrounds the policy (see `Checkpoint`); the reference's files have
+    neither.
     """
 
     source: str
@@ -140,7 +148,7 @@ class PolicyWeights:
     critic: Mapping[str, Tensor] | None = None
     eta: Mapping[str, Tensor] | None = None
     config: Mapping[str, Any] | None = None
-    state: Mapping[str, Any] | None = None
+    interface: Mapping[str, Any] | None = None
 
 
 def load_policy_weights(path: str | Path) -> PolicyWeights:
@@ -161,7 +169,7 @@ def load_policy_weights(path: str | Path) -> PolicyWeights:
         checkpoint.weights.get("critic"),
         _below(policy, "eta.") or None,
         checkpoint.config,
-        checkpoint.state,
+        checkpoint.state.get("interface"),
     )
 
 
@@ -175,15 +183,15 @@ def _load_reference(path: Path) -> PolicyWeights:
             f"{path}: not readable as tensors alone ({str(error).splitlines()[0]}); it is damaged, or holds objects, "
             "which are never unpickled"
         ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise CheckpointError(
-            f"{path}: holds no 'model'; expected the reference's {{epoch, model, ema}} or {{itr, model}}"
-        )
-    model = content["model"]
+    weights = content.get("ema", content.get("model")) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
+        raise CheckpointError(f"{path}: holds no weights like the reference's {{epoch, model, ema}} or {{itr, model}}")
     if "ema" in content:
-        weights, kind = content["ema"], f"reference pre-training, epoch {content.get('epoch')}, averaged weights"
+        kind = f"reference pre-training, epoch {content.get('epoch')}, averaged weights"
     else:
-        weights, kind = model, f"reference fine-tuning, iteration {content.get('itr')}"
+        kind = f"reference fine-tuning, iteration {content.get('itr')}"
     actor = _below(weights, "actor.") or _below(weights, "network.")
     if not actor:
         raise CheckpointError(f"{path}: holds neither 'network.*' nor 'actor.*' weights")
@@ -210,6 +218,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
             raise CheckpointError(
                 f"{source}: {name} has shape {list(value.shape)}, this configuration needs {list(own[name].shape)}"
             )
+        if not value.isfinite().all():
+            raise CheckpointError(f"{source}: {name} holds NaN or Inf")
     module.load_state_dict(weights)
 
 
@@ -222,6 +232,8 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if isinstance(value, Tensor):
+        while path in tensors:  # {"a/b": x} and {"a": {"b": y}} have the same path
+            path += "'"
         tensors[path] = value.detach().cpu().contiguous()
         return {"tensor": path}
     if isinstance(value, Mapping):
@@ -254,4 +266,4 @@ def _bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
     for key in sorted(tensors):
         tensor = tensors[key]
         yield f"{key}{tensor.dtype}{list(tensor.shape)}".encode()
-        yield tensor.numpy().tobytes()
+        yield tensor.view(INTEGERS[tensor.element_size()]).numpy().tobytes()

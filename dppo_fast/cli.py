@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher, get_close_matches
 from functools import wraps
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dppo_fast.types import UserError
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+T = TypeVar("T")
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+
 HYDRA_DEFAULTS = (
     "hydra.run.dir=.",
-    "hydra.sweep.dir=.",
     "hydra.sweep.subdir=.",
     "hydra.output_subdir=null",
     "hydra/job_logging=none",
@@ -34,34 +44,39 @@ def config_names() -> list[str]:
     return sorted(name.as_posix() for name in files if name.parts[0] not in ("piece",))
 
 
-def hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """Our command line as Hydra's: ``cfg=<name>`` picks the config, ``resume=<run>`` the run's own.
+def config_source(arguments: Sequence[str]) -> list[str]:
+    """Hydra's arguments for what ``cfg=<name or file>``, or else ``resume=<run>``, names.
 
     Raises UserError for an unknown or missing name.
     """
     settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument and argument[0] != "-")
-    rest = [argument for argument in arguments if not argument.startswith("cfg=")]
     name, run = settings.get("cfg"), settings.get("resume")
-    if run is not None and name is None:
-        if not (Path(run) / "config.yaml").is_file():
-            raise UserError(f"resume={run}: not a run directory, it holds no config.yaml")
-        # Hydra's grammar does not know every character that a path may hold
-        quoted = [f"resume='{run}'" if argument.startswith("resume=") else argument for argument in rest]
-        return ["--config-dir", str(Path(run).resolve()), "--config-name", "config", *quoted, *HYDRA_DEFAULTS]
-    if name is None:
-        if any(argument in ("--help", "-h", "--hydra-help") for argument in arguments):
-            name = "quickstart"
-        else:
-            raise UserError(f"cfg=<name> is missing; for example {', '.join(config_names()[:4])}")
-    names = config_names()
-    if name not in names:
+    if run is not None and not Path(run, "config.yaml").is_file():
+        raise UserError(f"resume={run}: not a run directory, it holds no config.yaml")
+    if name is None and run is None:
+        raise UserError("cfg=<name> is missing, for example cfg=quickstart; --help lists all names")
+    if name is None or name.endswith(".yaml"):
+        file = Path(name or f"{run}/config.yaml")
+        if not file.is_file():
+            raise UserError(f"cfg={name}: no such file; give one, or a name that --help lists")
+        return ["--config-dir", str(file.parent.resolve()), "--config-name", file.stem]
+    if name not in (names := config_names()):
         near = get_close_matches(name, names, n=3, cutoff=0.3)
-        raise UserError(f"cfg={name} is unknown; nearest: {', '.join(near) or ', '.join(names)}")
-    return ["--config-name", name, *rest, *HYDRA_DEFAULTS]
+        raise UserError(f"cfg={name} is unknown; nearest: {', '.join(near) or 'none'}; --help lists all names")
+    return ["--config-name", name]
 
 
-def guarded(run: Callable[[], None]) -> int:
-    """Run a main: 0, or 2 after one line on a user's mistake. Anything else keeps its traceback."""
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """What of our command line is left for Hydra; its grammar lacks some characters that a run's path may have."""
+    rest = [argument for argument in arguments if not argument.startswith("cfg=")]
+    return [re.sub(r"^resume=([^']+)$", r"resume='\1'", argument) for argument in rest]
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Run a main: 0, or 2 after one line on a user's mistake, or 130 after one on Ctrl-C, which may say how to go on.
+
+    Anything else keeps its traceback.
+    """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -74,27 +89,90 @@ def guarded(run: Callable[[], None]) -> int:
         lines = dict.fromkeys(str(part).strip().splitlines()[0] for part in (error, error.__cause__) if part)
         print(f"error: {'; '.join(lines)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interruption:
+        print("; ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
-def hydra_main(task: Callable[..., None], arguments: Sequence[str]) -> int:
+def command_main(schema: type[T], command: Callable[[T], object], arguments: Sequence[str], usage: str) -> int:
+    """Run ``command`` with ``key=value`` arguments, which the dataclass ``schema`` describes; --help explains both."""
+
+    def run() -> None:
+        from omegaconf import OmegaConf
+
+        from dppo_fast.config import typed
+
+        if "--help" in arguments:
+            print(usage, OmegaConf.to_yaml(OmegaConf.structured(schema)), sep="\n\n")
+            return
+        if wrong := [argument for argument in arguments if "=" not in argument]:
+            raise UserError(f"{wrong[0]}: not of the form key=value")
+        command(typed(schema, OmegaConf.from_dotlist(list(arguments)), ""))
+
+    return guarded(run)
+
+
+def hydra_main(task: Callable[[DictConfig], object], arguments: Sequence[str], usage: str) -> int:
     """Compose the configuration that ``arguments`` describe and hand it to ``task``."""
+
+    def run() -> None:
+        if "--help" in arguments and not any(argument.startswith("cfg=") for argument in arguments):
+            print(usage, "Names for cfg:", *config_names(), sep="\n  ")
+            return
+        source = config_source(arguments)
+        with TemporaryDirectory() as scratch:  # Hydra describes a --multirun there
+            defaults = [*HYDRA_DEFAULTS, f"hydra.sweep.dir={scratch}"]
+            try:
+                _compose(task, [*source, *overrides(arguments), *defaults])
+            except Exception as error:
+                if unknown := re.match(r"Could not override '(.+?)'", str(error)):
+                    keys: list[str] = []
+                    _compose(lambda node: keys.extend(_keys(node)), [*source, *defaults])
+                    near = _nearest_keys(unknown[1], keys)
+                    raise UserError(f"{unknown[1]} is unknown; nearest: {', '.join(near)}") from error
+                raise
+
+    return guarded(run)
+
+
+def _compose(task: Callable[[DictConfig], object], arguments: Sequence[str]) -> None:
     import hydra
 
     mistakes: list[UserError] = []
 
     @wraps(task)
-    def job(node: object) -> None:
+    def job(node: DictConfig) -> None:
         try:
             task(node)
         except UserError as error:  # Hydra would print a line of its own about it
             mistakes.append(error)
 
-    def run() -> None:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
-        sys.argv = [sys.argv[0], *hydra_arguments(arguments)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+    own, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
         hydra.main(version_base=None, config_path=str(config_folder()), config_name=None)(job)()
-        if mistakes:
-            raise mistakes[0]
+    finally:
+        sys.argv = own
+    if mistakes:
+        raise mistakes[0]
 
-    return guarded(run)
+
+def _keys(node: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """All keys of a configuration, dotted."""
+    from omegaconf import OmegaConf
+
+    for key in node:
+        yield f"{prefix}{key}"
+        if not OmegaConf.is_interpolation(node, key) and isinstance(node[key], Mapping):
+            yield from _keys(node[key], f"{prefix}{key}.")
+
+
+def _nearest_keys(wrong: str, keys: Sequence[str]) -> list[str]:
+    """The three keys that look most like ``wrong`` as a whole or in their last part."""
+
+    def likeness(key: str) -> float:
+        pairs = ((wrong, key), (wrong.rpartition(".")[2], key.rpartition(".")[2]))
+        return max(SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return sorted(keys, key=likeness, reverse=True)[:3]

@@ -1,4 +1,4 @@
-"""``python -m dppo_fast.collect checkpoint=<file or run> out=<directory> [key=value ...]``: record demonstrations.
+"""python -m dppo_fast.collect checkpoint=<file or run> out=<directory> [key=value ...]: record demonstrations.
 
 Writes ``train.npz`` and ``normalization.npz`` in the reference's formats, from which ``data.path`` and
 ``env.normalization`` pre-train a policy.
@@ -7,19 +7,21 @@ Writes ``train.npz`` and ``normalization.npz`` in the reference's formats, from 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
-from dppo_fast.cli import guarded
+from dppo_fast.cli import command_main
 
 
 @dataclass
 class CollectConfig:
     """``steps`` env steps at least, in whole episodes with a return in [min_return, max_return]; ``num_envs`` at once.
 
-    ``deterministic`` acts without exploration noise. ``max_steps`` bounds the recording itself where few episodes
+    ``deterministic`` acts without the policy's own exploration; ``action_noise`` is the std of Gaussian noise added to
+    every action, in units of [-1, 1]. ``max_steps`` bounds the recording itself where few episodes
     qualify.
     """
 
@@ -29,6 +31,7 @@ class CollectConfig:
     num_envs: int = 32
     seed: int = 0
     deterministic: bool = False
+    action_noise: float = 0.0
     min_return: float | None = None
     max_return: float | None = None
     max_steps: int = 10_000_000
@@ -76,6 +79,8 @@ def collect(config: CollectConfig) -> dict[str, float]:
                 plan = torch.where(due[:, None, None], fresh, plan)
                 ages = torch.where(due, 0, ages)
             action = plan.gather(1, ages[:, None, None].expand(-1, 1, plan.shape[-1]))
+            if config.action_noise > 0:
+                action = action + config.action_noise * loaded.policy.randn(*action.shape)
             state = env.raw_obs["state"][:, -1]
             step = env.step(action)
             raw = env.normalization.unnormalize_action(action[:, 0].cpu().numpy()).clip(low, high)
@@ -101,13 +106,8 @@ def collect(config: CollectConfig) -> dict[str, float]:
     return summary
 
 
-def main() -> int:
-    def run() -> None:
-        from dppo_fast.config import typed
-
-        collect(typed(CollectConfig, OmegaConf.from_dotlist(sys.argv[1:]), ""))
-
-    return guarded(run)
+def main(arguments: Sequence[str] | None = None) -> int:
+    return command_main(CollectConfig, collect, sys.argv[1:] if arguments is None else arguments, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass, make_dataclass
 from difflib import get_close_matches
+from functools import reduce
 from importlib import resources
+from operator import or_
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dppo_fast.types import UserError
 
@@ -20,9 +25,14 @@ T = TypeVar("T")
 def typed(schema: type[T], node: Any, key: str) -> T:
     """``node`` as the dataclass ``schema``: unknown keys, missing values and wrong types are refused."""
     try:
-        merged = OmegaConf.merge(_writable(OmegaConf.structured(schema)), node)
+        empty = _writable(OmegaConf.structured(schema))
+        for name, value in node.items():
+            if is_dataclass(OmegaConf.get_type(empty, name)) and not isinstance(value, Mapping):
+                full = _join(key, name)
+                raise UserError(f"{full}={value}: {full} is a group of keys, set {full}.<key>=<value>")
+        merged = OmegaConf.merge(empty, node)
         if missing := OmegaConf.missing_keys(merged):
-            raise UserError(f"{key}.{min(missing)} is missing")
+            raise UserError(f"{_join(key, min(missing))} is missing")
         result: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, key, list(schema.__dataclass_fields__))) from error  # type: ignore[attr-defined]
@@ -30,17 +40,21 @@ def typed(schema: type[T], node: Any, key: str) -> T:
 
 
 def construct(cls: type[T], arguments: Mapping[str, Any], key: str, **derived: Any) -> T:
-    """``cls(**derived, **arguments)``, refusing arguments that it does not take."""
+    """``cls(**derived, **arguments)``, refusing arguments that it does not take, by name, type or value."""
     accepted = [name for name in inspect.signature(cls).parameters if name not in derived]
     for name in arguments:
         if name in derived:
             raise UserError(f"{key}.{name} follows from the environment or the data; remove it")
         if name not in accepted:
             raise UserError(f"{key}.{name} is unknown{did_you_mean(name, accepted)}; {key} takes {', '.join(accepted)}")
-    try:
-        return cls(**derived, **arguments)
-    except TypeError as error:
-        raise UserError(f"{key}: {error}") from error
+    hints = get_type_hints(cls.__init__)
+    schema = make_dataclass("Arguments", [(name, _omegaconf_type(hints[name])) for name in arguments])
+    values = vars(typed(schema, arguments, key))
+    for name, value in values.items():
+        if isinstance(value, list) and min(value, default=1) < 1:
+            raise UserError(f"{key}.{name}={value}: every width must be at least 1")
+    with naming(key):
+        return cls(**derived, **values)
 
 
 def choose(table: Mapping[str, T], name: Any, key: str) -> T:
@@ -55,6 +69,15 @@ def choose(table: Mapping[str, T], name: Any, key: str) -> T:
 def did_you_mean(name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Put ``key`` before the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
@@ -74,7 +97,8 @@ def resolve_path(path: str) -> str:
     name = path.removeprefix("asset:")
     file = Path(str(resources.files("dppo_fast"))) / "assets" / name
     if not file.exists():
-        raise UserError(f"{path}: the package ships no such file; there are {', '.join(sorted(_assets())) or 'none'}")
+        shipped = ", ".join(sorted(_assets())) or "none"
+        raise UserError(f"{path}: the package ships no such file; there are {shipped}")
     return str(file)
 
 
@@ -92,7 +116,21 @@ def _assets() -> list[str]:
     return [f"asset:{file.relative_to(folder)}" for file in folder.rglob("*") if file.is_file()]
 
 
+def _omegaconf_type(hint: Any) -> Any:
+    """A parameter's type in the words of OmegaConf, which knows lists but no other sequences."""
+    if get_origin(hint) is Sequence:
+        return list[get_args(hint)]  # type: ignore[misc]
+    if get_origin(hint) is UnionType:
+        return reduce(or_, map(_omegaconf_type, get_args(hint)))
+    return hint
+
+
+def _join(*keys: object) -> str:
+    return ".".join(str(key) for key in keys if key)
+
+
 def _explain(error: OmegaConfBaseException, key: str, known: list[str]) -> str:
-    full = ".".join(part for part in (key, str(error.full_key or "")) if part)
-    reason = str(error).splitlines()[0]
-    return f"{full}: {reason}{did_you_mean(str(error.key), known)}" if known else f"{full}: {reason}"
+    full, reason = _join(key, error.full_key), str(error).splitlines()[0]
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return f"{full} is unknown{did_you_mean(str(error.key), known) or '; choose one of ' + ', '.join(known)}"
+    return f"{full}: {reason}"

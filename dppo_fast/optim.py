@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from dppo_fast.types import require_ranges
+
 
 @dataclass(frozen=True)
 class LRConfig:
@@ -20,6 +22,15 @@ class LRConfig:
     first_cycle_steps: int = 1000
     warmup_steps: int = 10
     min_lr: float = 1e-4
+
+    def require_valid(self, key: str) -> None:
+        """Raise UserError for a value out of range; ``key`` is this schedule's key in the configuration."""
+        ranges = {
+            "first_cycle_steps": "[1, inf)",
+            "warmup_steps": f"[0, {self.first_cycle_steps})",
+            "min_lr": "[0, inf)",
+        }
+        require_ranges(self, key, ranges)
 
 
 class CosineWarmup:

@@ -69,7 +69,9 @@ class EpisodeStatistics:
         return {"returns": self.returns, "best": self.best, "chunks": self.chunks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.returns, self.best, self.chunks = (np.array(state[key]) for key in ("returns", "best", "chunks"))
+        self.returns, self.best, self.chunks = (
+            torch.as_tensor(state[key]).numpy().copy() for key in ("returns", "best", "chunks")
+        )
 
 
 class Collector:

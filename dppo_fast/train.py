@@ -1,6 +1,7 @@
-"""``python -m dppo_fast.train cfg=<name> [key=value ...]``: pre-train or fine-tune a policy.
+"""python -m dppo_fast.train cfg=<name> [key=value ...]: pre-train or fine-tune a policy.
 
-``resume=<run directory>`` continues a run exactly; ``--help``, ``--cfg job`` and ``--multirun`` are Hydra's.
+resume=<run directory> continues a run exactly; cfg=<file>.yaml takes a configuration of your own, or a run's.
+--cfg job shows a configuration, --multirun sweeps (seed=1,2), cfg=<name> --help explains both.
 """
 
 from __future__ import annotations
@@ -22,35 +23,36 @@ def train(node: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from dppo_fast.build import build_trainer, parse
-    from dppo_fast.checkpoint import checkpoint_path, find
+    from dppo_fast.checkpoint import checkpoint_path, checkpoints, find
     from dppo_fast.config import plain
     from dppo_fast.log import RunLog, print_summary, read_metrics
     from dppo_fast.plot import learning_curve
     from dppo_fast.runtime.files import atomic_write
     from dppo_fast.runtime.profile import set_profile
+    from dppo_fast.trainer import TrainingDiverged
 
     content = plain(node)
     config = parse(content)
     settings = config.log
     set_profile(settings.profile)
     run = Path(config.resume or config.logdir)
+    content |= {"resume": None, "resume_from": "latest", "logdir": str(run)}
     if config.resume is None and (run / "config.yaml").exists():
         raise UserError(f"logdir={run} holds a run already; choose another, or continue it with resume={run}")
-    trainer = build_trainer(config, run, {**content, "resume": None, "resume_from": "latest", "logdir": str(run)})
-    resume_row = None
-    if config.resume is not None:
+    trainer = build_trainer(config, run, content)
+    if config.resume is not None and checkpoints(run):
         trainer.restore(find(run, config.resume_from))
-        resume_row = trainer.iteration + 1
-        if trainer.iteration >= config.train.n_train_itr:
-            raise UserError(
-                f"resume={run} has finished its train.n_train_itr={config.train.n_train_itr} iterations; raise it"
-            )
-    else:
-        _make_run_directory(run)
-        with atomic_write(run / "config.yaml") as file:
-            file.write(OmegaConf.to_yaml(OmegaConf.create(content)).encode())
-    with RunLog(run, config.train.n_train_itr, resume_row, settings.live, settings.tensorboard, settings.wandb) as log:
-        trainer.train(log)
+    first_row = None if config.resume is None else trainer.next_row
+    with RunLog(run, config.train.n_train_itr, first_row, settings.live, settings.tensorboard, settings.wandb) as log:
+        if config.resume is None:
+            with atomic_write(run / "config.yaml") as file:
+                file.write(OmegaConf.to_yaml(OmegaConf.create(content)).encode())
+        try:
+            trainer.train(log)
+        except KeyboardInterrupt as interruption:
+            raise KeyboardInterrupt(f"resume={run} continues the run") from interruption
+        except TrainingDiverged as error:
+            raise SystemExit(f"error: {error}") from error
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "eval/return" in row]
     artifacts = {"checkpoint": checkpoint_path(run, trainer.iteration)}
     if len(rows) > 1 or trainer.collector is None:
@@ -60,18 +62,8 @@ def train(node: DictConfig) -> None:
         print_summary(rows[0], rows[-1], artifacts)
 
 
-def _make_run_directory(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / ".writable").touch()
-        (run / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"logdir={run} is not writable ({error.strerror}); choose another directory") from error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line's arguments unless given; returns the exit code."""
-    return hydra_main(train, sys.argv[1:] if arguments is None else arguments)
+    return hydra_main(train, sys.argv[1:] if arguments is None else arguments, __doc__ or "")
 
 
 if __name__ == "__main__":

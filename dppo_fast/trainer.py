@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from dppo_fast.algorithms.base import Algorithm
-from dppo_fast.checkpoint import Checkpoint, checkpoint_path, checkpoints, load_weights, prune
+from dppo_fast.checkpoint import Checkpoint, CheckpointError, checkpoint_path, checkpoints, load_weights, prune
 from dppo_fast.evaluator import Evaluator
 from dppo_fast.log import RunLog
 from dppo_fast.rollout import Collector
 from dppo_fast.runtime.profile import PhaseTimer
-from dppo_fast.types import Metrics
+from dppo_fast.types import Metrics, require_ranges
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class TrainConfig:
     reset_at_iteration: bool = False
     evaluate_in_place: bool = False
 
+    def __post_init__(self) -> None:
+        positive = ("n_train_itr", "n_steps", "eval_episodes", "save_freq", "keep_checkpoints")
+        ranges = dict.fromkeys(positive, "[1, inf)") | dict.fromkeys(("val_freq", "save_model_freq"), "[0, inf)")
+        require_ranges(self, "train", ranges)
+
 
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite; the message names the last good checkpoint."""
@@ -56,10 +61,10 @@ class Trainer:
         generator: torch.Generator,
         collector: Collector | None = None,
         evaluator: Evaluator | None = None,
-        extra_state: Callable[[], Mapping[str, Any]] = dict,
+        interface: Callable[[], Mapping[str, Any]] = dict,
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
-        """``generator`` is the source of all randomness in the algorithm and its actor; ``extra_state`` gives what
+        """``generator`` is the source of all randomness in the algorithm and its actor; ``interface`` gives what
         else a checkpoint should hold for those who only use the policy.
         """
         self.algorithm = algorithm
@@ -68,17 +73,23 @@ class Trainer:
         self.generator = generator
         self.collector = collector
         self.evaluator = evaluator
-        self.extra_state = extra_state
+        self.interface = interface
         self.run_config = run_config or {}
         self.iteration = 0
+        self.started = False
         self.env_steps = 0
         cuda = generator.device.type == "cuda"
         self.timer = PhaseTimer(torch.cuda.synchronize if cuda else None)
 
+    @property
+    def next_row(self) -> int:
+        """The ``iteration`` of the log's next row."""
+        return self.iteration + 1 if self.started else 0
+
     def train(self, log: RunLog) -> dict[str, float]:
         """Run the remaining iterations; returns the last row."""
         row: dict[str, float] = {}
-        if self.iteration == 0:
+        if not self.started:
             row = self._start(log)
         while self.iteration < self.config.n_train_itr:
             row = self._iterate(log)
@@ -95,6 +106,7 @@ class Trainer:
             del row["env_steps"]
         log.iteration(row | self.timer.lap())
         self.save()
+        self.started = True
         return row
 
     def _iterate(self, log: RunLog) -> dict[str, float]:
@@ -152,7 +164,7 @@ class Trainer:
             "generator": self.generator.get_state(),
             "algorithm": self.algorithm.state_dict(),
             "collector": None if self.collector is None else self.collector.state_dict(),
-            **self.extra_state(),
+            "interface": self.interface(),
         }
         weights = {name: module.state_dict() for name, module in self.algorithm.modules().items()}
         Checkpoint(weights, state, self.run_config, self.iteration, self.algorithm.deployed).save(path)
@@ -165,12 +177,15 @@ class Trainer:
         for name, module in self.algorithm.modules().items():
             load_weights(module, checkpoint.weights.get(name, {}), f"{path} ({name})")
         state = checkpoint.state
-        self.iteration = checkpoint.iteration
-        self.env_steps = int(state["env_steps"])
-        self.generator.set_state(state["generator"])
-        self.algorithm.load_state_dict(state["algorithm"])
-        if self.collector is not None:
-            self.collector.load_state_dict(state["collector"])
+        self.iteration, self.started = checkpoint.iteration, True
+        try:
+            self.env_steps = int(state["env_steps"])
+            self.generator.set_state(state["generator"])
+            if self.collector is not None:
+                self.collector.load_state_dict(state["collector"])
+            self.algorithm.load_state_dict(state["algorithm"])
+        except KeyError as error:
+            raise CheckpointError(f"{path}: holds no state of {error}; resume with the run's own settings") from error
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

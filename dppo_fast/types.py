@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -30,6 +31,21 @@ class UserError(ValueError):
     """A user's mistake: the message names the key, the value and what would be right. The mains print it and exit
     with 2.
     """
+
+
+def require_ranges(config: object, key: str, ranges: Mapping[str, str]) -> None:
+    """Raise UserError where an attribute of ``config``, whose key in the configuration is ``key``, leaves its interval.
+
+    ``ranges`` maps attributes to intervals, written as in ``(0, 1]`` and ``[1, inf)``; None is in every interval.
+    """
+    for name, interval in ranges.items():
+        value = attrgetter(name)(config)
+        if value is None:
+            continue
+        low, high = map(float, interval[1:-1].split(","))
+        closed = [end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"]
+        if not (low < value < high or value in closed):
+            raise UserError(f"{key}.{name}={value}".removeprefix(".") + f" must lie in {interval}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dppo_fast.algorithms.base import Algorithm
 from dppo_fast.data.trajectories import ChunkDataset, epoch_batches
 from dppo_fast.optim import EMA, LRConfig, Trainable
 from dppo_fast.policies.base import Policy
-from dppo_fast.types import Metrics, Obs
+from dppo_fast.types import Metrics, Obs, require_ranges
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,19 @@ class BCConfig:
     epoch_start_ema: int = 20
     update_ema_freq: int = 10
     ent_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "batch_size": "[1, inf)",
+            "learning_rate": "(0, inf)",
+            "weight_decay": "[0, inf)",
+            "ema_decay": "[0, 1]",
+            "epoch_start_ema": "[0, inf)",
+            "update_ema_freq": "[1, inf)",
+            "ent_coef": "(-inf, inf)",
+        }
+        require_ranges(self, "algorithm", ranges)
+        self.lr_scheduler.require_valid("algorithm.lr_scheduler")
 
 
 class BehaviourCloning(Algorithm):
@@ -55,7 +68,7 @@ class BehaviourCloning(Algorithm):
 
     def update(self, iteration: int) -> Metrics:
         losses = [self.minibatch(*self.dataset.batch(indices), iteration) for indices in self.epoch_batches()]
-        return {"loss/bc": torch.stack(losses).mean()}
+        return {"loss/bc": torch.stack(losses).mean(), "lr/policy": self.trainable.schedule.lr}
 
     def minibatch(self, obs: Obs, action: Tensor, iteration: int) -> Tensor:
         """One optimizer step and, where it is due, one of the average; returns the loss."""

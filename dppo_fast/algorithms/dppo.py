@@ -13,6 +13,7 @@ from dppo_fast.algorithms.ppo import PPO, PPOConfig
 from dppo_fast.buffer import RolloutBuffer
 from dppo_fast.optim import LRConfig, Trainable
 from dppo_fast.policies.diffusion import DiffusionPolicy
+from dppo_fast.types import require_ranges
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,23 @@ class DPPOConfig(PPOConfig):
     eta_weight_decay: float = 0.0
     eta_update_interval: int = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranges = {
+            "gamma_denoising": "(0, 1]",
+            "clip_ploss_coef_base": "(0, inf)",
+            "clip_ploss_coef_rate": "(0, inf)",
+            "ft_denoising_steps_d": "[0, inf)",
+            "ft_denoising_steps_t": "[0, inf)",
+            "min_sampling_denoising_std_final": "(0, inf)",
+            "min_sampling_denoising_std_iterations": "[0, inf)",
+            "eta_lr": "(0, inf)",
+            "eta_weight_decay": "[0, inf)",
+            "eta_update_interval": "[1, inf)",
+        }
+        require_ranges(self, "algorithm", ranges)
+        self.eta_lr_scheduler.require_valid("algorithm.eta_lr_scheduler")
+
 
 class DPPO(PPO):
     """PPO whose parts are the F fine-tuned denoising steps; k = 0 is the earliest.
@@ -56,7 +74,6 @@ class DPPO(PPO):
     ) -> None:
         super().__init__(policy, critic, config, buffer, bootstrap_truncated)
         self.initial_min_sampling_std = policy.min_sampling_std
-        self.minibatches = 0
         if policy.config.learn_eta:
             assert policy.eta is not None
             self.trainables["eta"] = Trainable(
@@ -70,12 +87,11 @@ class DPPO(PPO):
     def advantage_weight(self, k: Tensor) -> Tensor:
         return self.discount_table[k]
 
-    def optimize(self, iteration: int, stop: Tensor) -> None:
-        super().optimize(iteration, stop)
-        if "eta" in self.trainables and iteration >= self.config.n_critic_warmup_itr:
-            if self.minibatches % self.config.eta_update_interval == 0:
-                self.trainables["eta"].step(stop)
-            self.minibatches += 1
+    def optimize(self, iteration: int, index: int, stop: Tensor) -> None:
+        super().optimize(iteration, index, stop)
+        due = iteration >= self.config.n_critic_warmup_itr and index % self.config.eta_update_interval == 0
+        if "eta" in self.trainables and due:
+            self.trainables["eta"].step(stop)
 
     def step_schedules(self, iteration: int) -> None:
         super().step_schedules(iteration)
@@ -106,12 +122,10 @@ class DPPO(PPO):
             **super().state_dict(),
             "ft_steps": self.policy.ft_steps,
             "min_sampling_std": self.policy.min_sampling_std,
-            "minibatches": self.minibatches,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.policy.ft_steps = int(state["ft_steps"])
         self.policy.min_sampling_std = float(state["min_sampling_std"])
-        self.minibatches = int(state["minibatches"])
         self._build_tables()

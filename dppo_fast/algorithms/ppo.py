@@ -20,7 +20,7 @@ from dppo_fast.kernels.ppo_loss import ppo_loss, value_loss
 from dppo_fast.kernels.reward_scaling import RewardScaler
 from dppo_fast.optim import LRConfig, Trainable
 from dppo_fast.policies.base import Policy
-from dppo_fast.types import Metrics, Obs, Record
+from dppo_fast.types import Metrics, Obs, Record, require_ranges
 
 CPU_MICROBATCH = 1024
 """Rows per forward and backward pass on a CPU: the activations of a 512-wide network then stay in its cache."""
@@ -60,6 +60,33 @@ class PPOConfig:
     use_bc_loss: bool = False
     bc_loss_coeff: float = 0.0
 
+    def __post_init__(self) -> None:
+        ranges = {
+            "gamma": "(0, 1]",
+            "gae_lambda": "[0, 1]",
+            "batch_size": "[2, inf)" if self.norm_adv else "[1, inf)",
+            "update_epochs": "[1, inf)",
+            "microbatch_size": "[1, inf)",
+            "actor_lr": "(0, inf)",
+            "actor_weight_decay": "[0, inf)",
+            "critic_lr": "(0, inf)",
+            "critic_weight_decay": "[0, inf)",
+            "max_grad_norm": "(0, inf)",
+            "n_critic_warmup_itr": "[0, inf)",
+            "clip_ploss_coef": "(0, inf)",
+            "clip_vloss_coef": "(0, inf)",
+            "clip_advantage_lower_quantile": f"[0, {self.clip_advantage_upper_quantile}]",
+            "clip_advantage_upper_quantile": "[0, 1]",
+            "vf_coef": "[0, inf)",
+            "ent_coef": "(-inf, inf)",
+            "target_kl": "(0, inf)",
+            "reward_scale_const": "(0, inf)",
+            "bc_loss_coeff": "[0, inf)",
+        }
+        require_ranges(self, "algorithm", ranges)
+        self.actor_lr_scheduler.require_valid("algorithm.actor_lr_scheduler")
+        self.critic_lr_scheduler.require_valid("algorithm.critic_lr_scheduler")
+
 
 class Batch(NamedTuple):
     """Everything of a rollout that minibatches index, one row per decision [M]."""
@@ -95,6 +122,7 @@ class PPO(Algorithm):
         self.generator: torch.Generator | None = None
         self.permutation: Callable[[int], Tensor] = self._permutation
         self.stop_on_host = self.device.type == "cpu"
+        self.clip = torch.tensor(config.clip_ploss_coef, device=self.device)
         c = config
         self.trainables: dict[str, Trainable] = {
             "actor": Trainable(
@@ -123,9 +151,9 @@ class PPO(Algorithm):
         first: dict[str, Tensor] = {}
         for _ in range(c.update_epochs):
             order = self.permutation(pairs)
-            for start in range(0, max(pairs - c.batch_size, 0) + 1, c.batch_size):
+            for index, start in enumerate(range(0, max(pairs - c.batch_size, 0) + 1, c.batch_size)):
                 pair = order[start : start + c.batch_size]
-                metrics = self.minibatch(batch, rows[pair // parts], pair % parts, iteration, stop)
+                metrics = self.minibatch(batch, rows[pair // parts], pair % parts, iteration, index, stop)
                 first = first or metrics
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0) + value * (1 - stop)
@@ -143,10 +171,16 @@ class PPO(Algorithm):
             "ppo/minibatches": count,
             "critic/explained_variance": 1 - (batch.returns - batch.value).var() / batch.returns.var(),
             "critic/value": batch.value.mean(),
+            **{f"lr/{name}": trainable.schedule.lr for name, trainable in self.trainables.items()},
         }
 
-    def minibatch(self, batch: Batch, row: Tensor, k: Tensor, iteration: int, stop: Tensor) -> dict[str, Tensor]:
-        """One optimizer step on pairs (``row``, ``k``), each [B]; a ``stop`` of 1 leaves all parameters alone."""
+    def minibatch(
+        self, batch: Batch, row: Tensor, k: Tensor, iteration: int, index: int, stop: Tensor
+    ) -> dict[str, Tensor]:
+        """One optimizer step on pairs (``row``, ``k``), each [B]; a ``stop`` of 1 leaves all parameters alone.
+
+        ``index`` counts the minibatches of an epoch.
+        """
         c = self.config
         advantage = normalize_advantage(
             batch.advantage[row], c.norm_adv, c.clip_advantage_lower_quantile, c.clip_advantage_upper_quantile
@@ -161,7 +195,7 @@ class PPO(Algorithm):
             (loss * share).backward()  # type: ignore[no-untyped-call]
             for name, value in piece.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() * share
-        self.optimize(iteration, stop)
+        self.optimize(iteration, index, stop)
         return metrics
 
     def loss(self, batch: Batch, row: Tensor, k: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -193,13 +227,13 @@ class PPO(Algorithm):
 
     def clip_range(self, k: Tensor) -> Tensor:
         """The ratio's clip range for parts ``k`` [B]; 0-d or [B]."""
-        return torch.as_tensor(self.config.clip_ploss_coef, device=k.device)
+        return self.clip
 
     def advantage_weight(self, k: Tensor) -> Tensor | None:
         """What multiplies the normalised advantage of parts ``k``."""
         return None
 
-    def optimize(self, iteration: int, stop: Tensor) -> None:
+    def optimize(self, iteration: int, index: int, stop: Tensor) -> None:
         """Step the critic, and after its warm-up the actor."""
         if iteration >= self.config.n_critic_warmup_itr:
             self.trainables["actor"].step(stop)

@@ -113,7 +113,7 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("table", torch.stack((cx, ce, *stochastic, sa, s), 1), persistent=False)
         self.register_buffer("deterministic_table", torch.stack((cx, ce, *deterministic, sa, s), 1), persistent=False)
 
-    def _ddim(self, eta: Tensor, k: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+    def _ddim(self, eta: Tensor, k: int | Tensor | slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """m0, mx, std of steps k: sigma = eta sqrt((1-a')/(1-a) (1 - a/a')), direction = sqrt(1 - a' - sigma^2)."""
         a, a_prev = self.alpha_bar[k], self.alpha_bar_prev[k]
         if eta.dim() > 0:
@@ -132,8 +132,7 @@ class NoiseSchedule(nn.Module):
         row = Coefficients(*columns.unbind(-1))
         if eta is None or deterministic:
             return row
-        steps = torch.tensor(k, device=table.device) if isinstance(k, int) else k
-        m0, mx, std = self._ddim(eta[:, None], steps)
+        m0, mx, std = self._ddim(eta[:, None], k)
         return row._replace(m0=m0, mx=mx, std=std)
 
     def deterministic_std(self) -> Tensor:
@@ -141,7 +140,7 @@ class NoiseSchedule(nn.Module):
         if self.ddim:
             return torch.zeros_like(self.table[:, 4])
         std = self.table[:, 4].clamp(min=DETERMINISTIC_DDPM_STD_FLOOR)
-        std[-1] = 0
+        std[-1].zero_()
         return std
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

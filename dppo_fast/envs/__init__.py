@@ -88,6 +88,7 @@ def make_env(
         device=device,
         seed=seed,
         training=training,
+        time_limit_terminates=config.time_limit_terminates,
     )
 
 

@@ -43,8 +43,12 @@ class ChunkEnv:
         device: torch.device | str,
         seed: int,
         training: bool = True,
+        time_limit_terminates: bool = False,
     ) -> None:
-        """``seed`` serves a first `reset` without one; ``training``: a running normalization learns here."""
+        """``seed`` serves a first `reset` without one; ``training``: a running normalization learns here.
+
+        With ``time_limit_terminates`` an episode that reaches its time limit counts as terminated.
+        """
         self.num_envs = simulator.num_envs
         self.obs_shapes: ObsShapes = {name: (obs_steps, *shape) for name, shape in simulator.obs_shapes.items()}
         self.action_dim = len(simulator.action_low)
@@ -55,6 +59,7 @@ class ChunkEnv:
         self._simulator = simulator
         self._seed = seed
         self._training = training
+        self._time_limit_terminates = time_limit_terminates
         self._log = EpisodeLog(self.num_envs)
         self._elapsed = np.zeros(self.num_envs, np.int64)  # steps of the running episodes
         self._history: dict[str, Array] = {
@@ -112,6 +117,9 @@ class ChunkEnv:
             live = live[~(ended | cut)]
             if not live.size:
                 break
+        if self._time_limit_terminates:
+            terminated |= truncated & valid
+            truncated &= ~terminated
         self._log.append(actions)
 
         over = np.flatnonzero(terminated | truncated)

@@ -22,7 +22,8 @@ class EnvConfig:
 
     ``id`` is a task of one of the backends (``Hopper-v4``), one of the reference's names (``hopper-medium-v2``), or
     ``package:Id``, where importing ``package`` registers ``Id`` with gymnasium. ``normalization`` is the path of a
-    normalization file, ``none`` or ``running``. ``num_threads`` 0 means one per core.
+    normalization file, ``none`` or ``running``. ``num_threads`` 0 means one per core. ``time_limit_terminates`` reports
+    time limits as terminations, as the reference's gym environments do.
     """
 
     id: str
@@ -33,12 +34,13 @@ class EnvConfig:
     max_episode_steps: int = 1000
     normalization: str = "none"
     num_threads: int = 0
+    time_limit_terminates: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "num_threads" else 1
-            if isinstance(value, int) and value < least:
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise UserError(f"env.{field.name}={value}: must be at least {least}")
 
 

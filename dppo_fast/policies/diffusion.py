@@ -15,7 +15,7 @@ from dppo_fast.diffusion.schedule import NoiseSchedule
 from dppo_fast.kernels.denoise_step import chunk_log_prob
 from dppo_fast.networks.eta import Eta
 from dppo_fast.policies.base import Policy
-from dppo_fast.types import Act, Obs, Record, UserError
+from dppo_fast.types import Act, Obs, Record, UserError, require_ranges
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,19 @@ class DiffusionConfig:
     min_logprob_denoising_std: float = 0.1
     reward_horizon: int | None = None
     learn_eta: bool = False
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "denoising_steps": "[1, inf)",
+            "denoised_clip_value": "(0, inf)",
+            "eps_clip_value": "(0, inf)",
+            "randn_clip_value": "(0, inf)",
+            "final_action_clip_value": "(0, inf)",
+            "min_sampling_denoising_std": "[0, inf)",
+            "min_logprob_denoising_std": "[0, inf)",
+            "reward_horizon": "[1, inf)",
+        }
+        require_ranges(self, "policy.options", ranges)
 
 
 class DiffusionPolicy(Policy):
@@ -105,7 +118,8 @@ class DiffusionPolicy(Policy):
 
     @torch.no_grad()
     def act(self, obs: Obs, deterministic: bool = False) -> Act:
-        chain = self.sample(obs, self.draw_noise(len(obs["state"])), deterministic, score=not deterministic)
+        score = self.ft_steps > 0 and not deterministic
+        chain = self.sample(obs, self.draw_noise(len(obs["state"])), deterministic, score)
         if chain.points is None or chain.log_prob is None:
             return Act(chain.action, {})
         return Act(chain.action, {"chain": chain.points, "log_prob": chain.log_prob})
@@ -124,9 +138,10 @@ class DiffusionPolicy(Policy):
     ) -> Chain:
         """Denoise ``noise`` [S + 1, B, Th, Da]; ``base_policy`` uses the frozen network at every step."""
         S, first = self.schedule.steps, self.first_ft_step
-        segments = [Segment(self.actor, range(first))]
-        fine_tuned = self.actor if base_policy or self.actor_ft is None else self.actor_ft
-        segments.append(Segment(fine_tuned, range(first, S)))
+        if base_policy or self.actor_ft is None:
+            segments = [Segment(self.actor, range(S))]
+        else:
+            segments = [Segment(self.actor, range(first)), Segment(self.actor_ft, range(first, S))]
         eta = None if deterministic else self.eta_of(obs)
         if deterministic:
             std = self.schedule.deterministic_std()
@@ -175,7 +190,7 @@ class DiffusionPolicy(Policy):
     def entropy(self, obs: Obs) -> Tensor:
         eta = self.eta_of(obs)
         constant = self.eta.constant if self.eta is not None and self.eta.constant is not None else 1.0
-        return torch.tensor(constant, device=obs["state"].device) if eta is None else eta.mean()
+        return torch.full((), constant, device=obs["state"].device) if eta is None else eta.mean()
 
     def cloning_loss(self, obs: Obs, action: Tensor) -> Tensor:
         """The denoising loss at uniform timesteps."""

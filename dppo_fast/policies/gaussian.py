@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dppo_fast.kernels.denoise_step import LOG_PROB_RANGE, gaussian_log_density
 from dppo_fast.policies.base import Policy
-from dppo_fast.types import Act, Obs, Record
+from dppo_fast.types import Act, Obs, Record, require_ranges
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class GaussianConfig:
     """``randn_clip_value`` bounds the draws, so actions stay within that many standard deviations of the mean."""
 
     randn_clip_value: float = 10.0
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "policy.options", {"randn_clip_value": "(0, inf)"})
 
 
 class GaussianPolicy(Policy):

@@ -1,0 +1,39 @@
+"""python -m dppo_fast.publish checkpoint=<file or run> out=<file>: a checkpoint's policy without its training state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from dppo_fast.cli import command_main
+
+
+@dataclass
+class PublishConfig:
+    checkpoint: str = MISSING
+    out: str = MISSING
+
+
+def publish(config: PublishConfig) -> None:
+    from dppo_fast.checkpoint import Checkpoint, find
+    from dppo_fast.types import UserError
+
+    out = Path(config.out)
+    policy = Checkpoint.load(find(config.checkpoint)).policy_only()
+    try:
+        policy.save(out)
+    except OSError as error:
+        raise UserError(f"out={out} is not writable ({error.strerror}); choose another file") from error
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return command_main(PublishConfig, publish, sys.argv[1:] if arguments is None else arguments, __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
