@@ -1,1 +1,1 @@
-"""Measurements: what the parts cost, and whether training learns. Results lie in `results/` as CSV, plots come from it."""
+"""Measurements: what the parts cost, and whether training learns. Results lie in `results/`, plots come from CSV."""

@@ -5,8 +5,8 @@
     python -m benchmarks.learning report --fault runs/learning/fault runs/learning/seed*
 
 ``run`` trains for ITERATIONS iterations of 80,000 env steps; ``report`` writes the curves as CSV and PNG to
-`benchmarks/results/` and says which runs pass: an evaluation return of at least GATE over 40 deterministic episodes. The
-control trains with a planted fault and must not pass, or the gate would prove nothing.
+`benchmarks/results/` and says which runs pass: an evaluation return of at least GATE over 40 deterministic episodes.
+The control trains with a planted fault and must not pass, or the gate would prove nothing.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def run(seed: int, out: Path, fault: str | None, overrides: list[str]) -> int:
     return train([*arguments, "train.val_freq=2", "train.eval_episodes=40", *overrides])
 
 
-def report(runs: list[Path], fault: Path | None) -> int:
+def report(runs: list[Path], fault: Path | None, results: Path) -> int:
     """Copy the metrics, draw them, print a verdict per run; 0 if all runs pass and the control does not."""
-    curves: dict[str, list[Path]] = {"DPPO": []}
+    curves: dict[str, list[Path]] = {}
     passed = {}
     for folder in [*runs, *([fault] if fault else [])]:
-        csv = RESULTS / f"hopper_{folder.name}.csv"
+        csv = results / f"hopper_{folder.name}.csv"
         shutil.copy(folder / "metrics.csv", csv)
         evaluations = {row["env_steps"]: row["eval/return"] for row in read_metrics(csv) if "eval/return" in row}
         best = max(evaluations, key=lambda steps: evaluations[steps])
@@ -64,11 +64,8 @@ def report(runs: list[Path], fault: Path | None) -> int:
         passed[folder] = first is not None
         when = f"passes {GATE} at {first:,.0f} env steps" if first is not None else f"never reaches {GATE}"
         print(f"{folder.name}: {evaluations[0]:.0f} -> {evaluations[best]:.0f} at {best:,.0f} env steps; {when}")
-        curves["DPPO" if folder is not fault else "with a planted fault"] = [
-            *curves.get("DPPO" if folder is not fault else "with a planted fault", []),
-            csv,
-        ]
-    learning_curves(curves, RESULTS / "hopper.png", gate=GATE, title="Hopper-v4, DPPO from the shipped policy")
+        curves.setdefault("with a planted fault" if folder is fault else "DPPO", []).append(csv)
+    learning_curves(curves, results / "hopper.png", gate=GATE, title="Hopper-v4, DPPO from the shipped policy")
     return 0 if all(passed[folder] for folder in runs) and not (fault and passed[fault]) else 1
 
 
@@ -83,10 +80,11 @@ def main() -> int:
     many = commands.add_parser("report")
     many.add_argument("runs", type=Path, nargs="+")
     many.add_argument("--fault", type=Path)
+    many.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.command == "run":
         return run(arguments.seed, arguments.out, arguments.fault, arguments.overrides)
-    return report(arguments.runs, arguments.fault)
+    return report(arguments.runs, arguments.fault, arguments.results)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,7 @@ OBS_DIM = 11
 
 def hopper_policy() -> DiffusionPolicy:
     torch.manual_seed(0)
-    network = DiffusionMLP(
-        **HOPPER, cond_dim=OBS_DIM, mlp_dims=[512] * 3, activation_type="ReLU", residual_style=True
-    )
+    network = DiffusionMLP(**HOPPER, cond_dim=OBS_DIM, mlp_dims=[512] * 3, activation_type="ReLU", residual_style=True)
     return DiffusionPolicy(network, DiffusionConfig(ft_denoising_steps=10, randn_clip_value=3.0), **HOPPER)
 
 
