@@ -1,7 +1,8 @@
 """Golden vectors of the reference implementation: numbers that pin its semantics.
 
-`tests/golden/` holds a compact subset; the environment variable DPPO_FAST_GOLDEN names a folder with a full set, made the same
-way with any dimensions, seeds and cases. Tests parametrised by `golden_cases` carry the marker `golden` and run over both.
+`tests/golden/` holds a compact subset; the environment variable DPPO_FAST_GOLDEN names a folder with a full set, made
+the same way with any dimensions, seeds and cases. Tests parametrised by `golden_cases` carry the marker `golden` and
+run over both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Our objects, built from the constructor arguments (``cfg``) and the parameters (``w/``) that golden cases hold.
 
-Parameters stand below the reference's names: ``network`` or ``actor`` the base policy, ``actor_ft`` the fine-tuned one,
-``critic``, ``eta``.
+Parameters stand below the reference's names: ``network`` or ``actor`` for the base policy, ``actor_ft`` for the
+fine-tuned one, ``critic`` and ``eta``. Of many networks the cases hold nothing but the parameters; their widths then
+follow from the shapes, and they have ACTOR_ACTIVATION or CRITIC_ACTIVATION.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dppo_fast.optim import LRConfig
 from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from dppo_fast.policies.gaussian import GaussianConfig, GaussianPolicy
 from dppo_fast.types import Obs
-from tests.golden_files import Case
+from tests.golden_files import Case, golden_cases
 from tests.tolerances import GRADIENT
 
 CLASSES: dict[str, type[nn.Module]] = {
@@ -35,17 +36,25 @@ CLASSES: dict[str, type[nn.Module]] = {
 """The reference's class names -> ours."""
 
 ACTOR_ACTIVATION, CRITIC_ACTIVATION = "ReLU", "Mish"
-"""Of the networks whose ``cfg`` does not describe them."""
+
+DETERMINISTIC_STD = 1e-4
+"""The reference's "deterministic" Gaussian actions are samples with this std; ours are the mean."""
 
 Shapes = Mapping[str, Sequence[int]]
+"""Parameter name -> shape, in the state dict's order."""
+
 T = TypeVar("T")
+
+
+def class_name(spec: Mapping[str, Any]) -> str:
+    """The reference's class that ``spec`` describes, without its module."""
+    return str(spec.get("cls") or spec["_target_"]).rpartition(".")[2]
 
 
 def build(spec: Mapping[str, Any]) -> nn.Module:
     """The module that ``spec`` describes: ``{cls, kwargs}``, or the arguments together with Hydra's ``_target_``."""
-    arguments = dict(spec["kwargs"] if "kwargs" in spec else spec)
-    target = spec["cls"] if "cls" in spec else arguments.pop("_target_")
-    return CLASSES[target.rpartition(".")[2]](**arguments)
+    arguments = spec.get("kwargs", {key: value for key, value in spec.items() if key != "_target_"})
+    return CLASSES[class_name(spec)](**arguments)
 
 
 def options(schema: type[T], *sources: Mapping[str, Any]) -> T:
@@ -58,12 +67,22 @@ def below(items: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {name.removeprefix(prefix): value for name, value in items.items() if name.startswith(prefix)}
 
 
+def roots(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
 def shapes_of(weights: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(value.shape) for name, value in weights.items()}
 
 
-def roots(names: Iterable[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names}
+def base_weights(weights: Mapping[str, T]) -> dict[str, T]:
+    """Those of the base policy; where only the fine-tuned network is there, it is the base policy, too."""
+    return below(weights, "actor.") or below(weights, "network.") or below(weights, "actor_ft.")
+
+
+def weights_of(case: Case) -> dict[str, Tensor]:
+    """The case's own, or those of the case that it names."""
+    return (case.file.case(case.cfg["weights"]) if "weights" in case.cfg else case).tensors("w/")
 
 
 def is_diffusion_mlp(names: Iterable[str]) -> bool:
@@ -71,78 +90,88 @@ def is_diffusion_mlp(names: Iterable[str]) -> bool:
     return {"time_embedding", "mlp_mean"} <= roots(names) <= {"time_embedding", "mlp_mean", "cond_mlp"}
 
 
-def base_weights(weights: Mapping[str, T]) -> dict[str, T]:
-    """Those of the base policy; where only the fine-tuned network is there, it is the base policy, too."""
-    return below(weights, "network.") or below(weights, "actor.") or below(weights, "actor_ft.")
+def is_gaussian_mlp(names: Iterable[str]) -> bool:
+    """Whether a network with parameters of these names is a Gaussian_MLP."""
+    parts = {"mlp_base", "mlp_mean", "mlp_logvar", "logvar", "logvar_min", "logvar_max"}
+    return {"mlp_mean"} <= roots(names) <= parts
 
 
-def trunk_options(shapes: Shapes) -> dict[str, Any]:
-    """The hidden widths and style of the plain or residual MLP whose parameters have these shapes."""
-    residual = "layers.0.weight" in shapes
-    if residual:
-        blocks = sum(name.endswith("l1.weight") for name in shapes)
-        widths = [shapes["layers.0.weight"][0]] * (1 + 2 * blocks)
-    else:
-        widths = plain_widths(shapes)[:-1]
-    norm = any("norm" in name for name in shapes)
-    return {"mlp_dims": widths, "residual_style": residual, "use_layernorm": norm}
+def diffusion_cases(stem: str, array: str = "cfg") -> list[Any]:
+    """The cases of the file that have ``array`` and whose networks are DiffusionMLPs."""
+    return golden_cases(stem, lambda case: array in case and is_diffusion_mlp(base_weights(weights_of(case))))
 
 
-def plain_widths(shapes: Shapes) -> list[int]:
-    return [shape[0] for name, shape in shapes.items() if name.endswith("linear_1.weight")]
+def gaussian_cases(stem: str, array: str = "cfg") -> list[Any]:
+    """The cases of the file that have ``array`` and whose networks are Gaussian_MLPs."""
+    return golden_cases(stem, lambda case: array in case and is_gaussian_mlp(base_weights(weights_of(case))))
 
 
-def first_layer(shapes: Shapes) -> str:
-    return "layers.0.weight" if "layers.0.weight" in shapes else "moduleList.0.linear_1.weight"
+def first_layer(trunk: Shapes) -> Sequence[int]:
+    """The shape of the weight that sees the input of a plain or residual MLP."""
+    return trunk["layers.0.weight" if "layers.0.weight" in trunk else "moduleList.0.linear_1.weight"]
 
 
-def diffusion_mlp(shapes: Shapes, horizon_steps: int, action_dim: int) -> DiffusionMLP:
-    """The denoising network whose parameters have these shapes."""
+def outputs(trunk: Shapes) -> int:
+    return list(trunk.values())[-1][0]
+
+
+def plain_widths(trunk: Shapes) -> list[int]:
+    return [shape[0] for name, shape in trunk.items() if name.endswith("linear_1.weight")]
+
+
+def trunk_options(trunk: Shapes) -> dict[str, Any]:
+    """Hidden widths and style of the plain or residual MLP whose parameters have these shapes."""
+    residual = "layers.0.weight" in trunk
+    blocks = sum(name.endswith("l1.weight") for name in trunk)
+    return {
+        "mlp_dims": [first_layer(trunk)[0]] * (1 + 2 * blocks) if residual else plain_widths(trunk)[:-1],
+        "residual_style": residual,
+        "use_layernorm": any("norm" in name for name in trunk),
+    }
+
+
+def diffusion_mlp_options(shapes: Shapes, horizon_steps: int, action_dim: int) -> dict[str, Any]:
+    """The arguments of the DiffusionMLP whose parameters have these shapes."""
     trunk, cond_mlp = below(shapes, "mlp_mean."), below(shapes, "cond_mlp.")
     time_dim = shapes["time_embedding.1.weight"][1]
-    encoded_dim = trunk[first_layer(trunk)][1] - time_dim - horizon_steps * action_dim
-    return DiffusionMLP(
-        action_dim,
-        horizon_steps,
-        cond_dim=cond_mlp[first_layer(cond_mlp)][1] if cond_mlp else encoded_dim,
-        time_dim=time_dim,
-        cond_mlp_dims=plain_widths(cond_mlp) or None,
-        activation_type=ACTOR_ACTIVATION,
+    return {
+        "action_dim": action_dim,
+        "horizon_steps": horizon_steps,
+        "cond_dim": first_layer(cond_mlp or trunk)[1] - (0 if cond_mlp else time_dim + horizon_steps * action_dim),
+        "time_dim": time_dim,
+        "cond_mlp_dims": plain_widths(cond_mlp) or None,
+        "activation_type": ACTOR_ACTIVATION,
         **trunk_options(trunk),
-    )
+    }
 
 
-def gaussian_mlp(shapes: Shapes) -> GaussianMLP:
-    """The Gaussian network whose parameters have these shapes, for chunks of one step."""
+def gaussian_mlp_options(shapes: Shapes) -> dict[str, Any]:
+    """The arguments of the Gaussian_MLP whose parameters have these shapes; one step long unless they tell."""
     base, mean = below(shapes, "mlp_base."), below(shapes, "mlp_mean.")
+    style = trunk_options(base or mean)
     if base:
-        style = trunk_options(base)
-        widths = style.pop("mlp_dims")
-        style["mlp_dims"] = [*widths, base[list(base)[-1]][0]]
-    else:
-        style = trunk_options(mean)
-    learned = "logvar" in shapes
-    action_dim = mean[list(mean)[-1]][0]
-    first = base or mean
-    return GaussianMLP(
-        action_dim,
-        horizon_steps=1,
-        cond_dim=first[first_layer(first)][1],
-        fixed_std=None if base else 0.1,
-        learn_fixed_std=learned,
+        style["mlp_dims"].append(outputs(base))
+    (action_dim,) = shapes.get("logvar", (outputs(mean),))
+    return {
+        "action_dim": action_dim,
+        "horizon_steps": outputs(mean) // action_dim,
+        "cond_dim": first_layer(base or mean)[1],
+        "fixed_std": None if base else 0.1,
+        "learn_fixed_std": "logvar" in shapes,
         **style,
-    )
+    }
 
 
 def critic_mlp(shapes: Shapes) -> CriticObs:
     """The critic whose parameters have these shapes."""
     trunk = below(shapes, "Q1.")
-    return CriticObs(trunk[first_layer(trunk)][1], activation_type=CRITIC_ACTIVATION, **trunk_options(trunk))
+    return CriticObs(first_layer(trunk)[1], activation_type=CRITIC_ACTIVATION, **trunk_options(trunk))
 
 
-def load_critic(weights: Mapping[str, Tensor]) -> CriticObs:
+def load_critic(weights: Mapping[str, Tensor], critic: nn.Module | None = None) -> nn.Module:
+    """``critic``, or the one that these parameters fit, with them."""
     own = below(weights, "critic.")
-    critic = critic_mlp(shapes_of(own))
+    critic = critic or critic_mlp(shapes_of(own))
     critic.load_state_dict(own)
     return critic
 
@@ -150,14 +179,14 @@ def load_critic(weights: Mapping[str, Tensor]) -> CriticObs:
 def diffusion_policy(
     cfg: Mapping[str, Any], weights: Mapping[str, Tensor], network: nn.Module | None = None
 ) -> DiffusionPolicy:
-    """The policy with these weights; its network follows from their shapes unless given."""
+    """The policy with these weights, of ``network`` or the one that they fit."""
+    dims = cfg["horizon_steps"], cfg["action_dim"]
     base = base_weights(weights)
-    if network is None:
-        network = diffusion_mlp(shapes_of(base), cfg["horizon_steps"], cfg["action_dim"])
+    network = network or DiffusionMLP(**diffusion_mlp_options(shapes_of(base), *dims))
     config = options(DiffusionConfig, cfg, {} if cfg.get("use_ddim") else {"ddim_steps": None})
     eta = build(cfg["eta"]) if cfg.get("eta") else None
     assert eta is None or isinstance(eta, Eta)
-    policy = DiffusionPolicy(network, config, cfg["horizon_steps"], cfg["action_dim"], eta)
+    policy = DiffusionPolicy(network, config, *dims, eta)
     policy.actor.load_state_dict(base)
     if policy.actor_ft is not None:
         policy.actor_ft.load_state_dict(below(weights, "actor_ft."))
@@ -166,28 +195,21 @@ def diffusion_policy(
     return policy
 
 
-def gaussian_policy(
-    spec: Mapping[str, Any], cfg: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> GaussianPolicy:
-    """The policy with these weights whose network ``spec`` describes; without other ones, the base policy is the same."""
+def gaussian_policy(spec: Mapping[str, Any], cfg: Mapping[str, Any], weights: Mapping[str, Tensor]) -> GaussianPolicy:
+    """The policy with these weights, of the network that ``spec`` describes."""
     network = build(spec)
     assert isinstance(network, GaussianMLP)
     policy = GaussianPolicy(network, options(GaussianConfig, cfg), network.horizon_steps, network.action_dim)
-    trained = below(weights, "actor_ft.")
-    policy.actor_ft.load_state_dict(trained)
-    policy.actor.load_state_dict(below(weights, "actor.") or trained)
+    policy.actor_ft.load_state_dict(below(weights, "actor_ft."))
+    policy.actor.load_state_dict(base_weights(weights))
     return policy
 
 
 def gaussian_of(case: Case) -> GaussianPolicy:
-    """The policy of a case whose ``net`` says all but the dimensions."""
+    """The policy of a case whose ``net`` describes all of the network but the dimensions."""
     horizon_steps, action_dim = case["in/actions"].shape[1:]
     dims = {"horizon_steps": horizon_steps, "action_dim": action_dim, "cond_dim": case["in/state"][0].size}
-    return gaussian_policy({"_target_": "Gaussian_MLP", **case.cfg["net"], **dims}, case.cfg, case.tensors("w/"))
-
-
-def is_gaussian_mlp(case: Case) -> bool:
-    return "net" in case.cfg and "num_modes" not in case.cfg["net"]
+    return gaussian_policy({"_target_": "Gaussian_MLP", **case.cfg["net"], **dims}, case.cfg, weights_of(case))
 
 
 def observations(case: Case) -> Obs:

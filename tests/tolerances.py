@@ -10,17 +10,18 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Every element may be off by ``absolute``, or by ``relative`` times the largest magnitude of the expected tensor."""
+    """Every element may be off by ``absolute``, or by ``relative`` times the expected tensor's largest magnitude."""
 
     absolute: float = 0.0
     relative: float = 0.0
 
     def check(self, actual: ArrayLike, expected: ArrayLike, what: str = "") -> None:
-        """Fail where shapes differ, a value is off or not finite; ``what`` says what was compared."""
-        ours, theirs = (torch.as_tensor(x).detach().double() for x in (actual, expected))
+        """Fail where shapes differ or a value is off; ``what`` says what was compared. Equal infinities are equal."""
+        ours, theirs = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
         assert ours.shape == theirs.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
-        allowed = max(self.absolute, self.relative * float(theirs.abs().max()))
-        worst = float((ours - theirs).abs().max())
+        largest = float(theirs.nan_to_num(posinf=0, neginf=0).abs().max())
+        allowed = max(self.absolute, self.relative * largest)
+        worst = float((ours - theirs).abs().masked_fill(ours == theirs, 0).max())
         assert worst <= allowed, f"{what}: off by {worst:.3g}, allowed {allowed:.3g}"
 
 
@@ -35,7 +36,7 @@ FLOAT64 = Tolerance(relative=1e-12)
 
 
 def log_densities(x: ArrayLike, expected: ArrayLike, std: float) -> Tolerance:
-    """Of normal densities at ``x``: LOG_PROB, or, for large ``x``, what 4 roundings of x do at the largest z: z dx / std."""
+    """Of normal densities at ``x``: LOG_PROB, or, where x is large, what 4 roundings of it change: z dx / std."""
     dx = 2.0**-22 * float(torch.as_tensor(x).abs().max())
     z = (2 * float(torch.as_tensor(expected).abs().max())) ** 0.5
     return Tolerance(absolute=max(LOG_PROB.absolute, z * dx / std))

@@ -18,18 +18,34 @@ from dppo_fast.algorithms.dppo import DPPO, DPPOConfig
 from dppo_fast.algorithms.ppo import PPO, Batch, PPOConfig
 from dppo_fast.buffer import RolloutBuffer
 from dppo_fast.kernels.denoise_step import chunk_log_prob
-from dppo_fast.policies.diffusion import DiffusionPolicy
 from dppo_fast.policies.gaussian import GaussianPolicy
 from dppo_fast.rollout import Collector, EpisodeStatistics
 from dppo_fast.trainer import TrainConfig, Trainer
 from dppo_fast.types import Act, Obs, Step
 from tests.golden_files import Case, golden_cases
-from tests.golden_models import CLASSES, build, diffusion_policy, gaussian_policy, options
-from tests.policies.test_golden_gaussian import DETERMINISTIC_STD
+from tests.golden_models import (
+    CLASSES,
+    DETERMINISTIC_STD,
+    build,
+    class_name,
+    diffusion_policy,
+    gaussian_policy,
+    load_critic,
+    options,
+)
 from tests.tolerances import EXACT, LOG_PROB, LOSS, SAMPLE, TABLE, weights_after_training
 
-INPUTS = {"returns": "returns", "oldvalues": "value", "advantages": "advantage"}
-"""The reference's names of a minibatch's inputs -> ours."""
+OUT = (
+    ("loss/policy", 1),
+    ("ppo/entropy", -1),
+    ("loss/value", 1),
+    ("ppo/clip_fraction", 1),
+    ("ppo/approx_kl", 1),
+    ("ppo/ratio", 1),
+    ("loss/bc", 1),
+    ("spread", 1),
+)
+"""What a minibatch's ``out`` lists, by our names, and the sign between them; the spread is eta, or a Gaussian's std."""
 
 RESULTS = {
     "step": "env_steps",
@@ -42,7 +58,7 @@ RESULTS = {
 
 
 class ScriptedEnv:
-    """Answers what the reference's environments answered, to the same actions; a reset after a reset changes nothing."""
+    """Answers what the reference's environments answered to the same actions; a reset after a reset changes nothing."""
 
     max_episode_steps = 1
 
@@ -100,8 +116,126 @@ def draws_of(case: Case) -> Iterator[Tensor]:
                 yield update.tensor("bc_noise")
 
 
-class ReplayedDiffusionPolicy(DiffusionPolicy):
-    """Samples with the recorded noise, and compares."""
+class Replay:
+    """Gives an algorithm the recorded randomness and compares what comes out; it is the run's log, too."""
 
-    case: Case
-    draws: Iterator[Tensor]
+    def __init__(self, case: Case, algorithm: PPO) -> None:
+        self.case = case
+        self.algorithm = algorithm
+        self.policy = algorithm.policy
+        self.gaussian = isinstance(self.policy, GaussianPolicy)
+        self.samples = iter(case["sample_actions" if self.gaussian else "sample_trajectories"])
+        self.chains = iter(() if self.gaussian else case["sample_chains"])
+        self.updates = iter(updates_of(case))
+        self.orders = iter(case.tensor("index_order"))
+        self.draws = draws_of(case)
+        self.iteration_number = 0
+        self._act, self._loss = self.policy.act, algorithm.loss
+        self.policy.draw_noise = lambda batch: next(self.draws)
+        self.policy.randn = lambda *shape: next(self.draws)[0].view(shape)
+        self.policy.act = self.act
+        algorithm.permutation = lambda pairs: next(self.orders)
+        algorithm.loss = self.loss
+
+    def act(self, obs: Obs, deterministic: bool = False) -> Act:
+        act = self._act(obs, deterministic)
+        if self.gaussian and deterministic:
+            bound = self.policy.config.randn_clip_value
+            noise = self.policy.randn(*act.action.shape).clamp(-bound, bound)
+            act = Act(act.action + DETERMINISTIC_STD * noise, {})
+        SAMPLE.check(act.action, next(self.samples), "sample")
+        theirs = next(self.chains, None)
+        if "chain" in act.record:
+            SAMPLE.check(act.record["chain"], theirs, "chain")
+        return act
+
+    def loss(self, batch: Batch, row: Tensor, k: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, parts = self._loss(batch, row, k, advantage)
+        update = next(self.updates)
+        assert update["itr"] == self.iteration_number
+        obs = {name: value[row] for name, value in batch.obs.items()}
+        spread = self.policy.actor_ft(obs)[1].mean() if self.gaussian else self.policy.entropy(obs)
+        ours = {"ppo/entropy": self.policy.entropy(obs), "loss/bc": torch.zeros(()), "spread": spread, **parts}
+        for (name, sign), value in zip(OUT, update["out"], strict=True):
+            LOSS.check(sign * ours[name], value, f"{update.name}: {name}")
+        self.check_inputs(update.case("in"), batch, row, k)
+        return loss, parts
+
+    def check_inputs(self, theirs: Case, batch: Batch, row: Tensor, k: Tensor) -> None:
+        if "state" not in theirs:
+            return
+        part = self.policy.select(batch.record, row, k)
+        log_prob = theirs.tensor("oldlogprobs")
+        if self.gaussian:
+            SAMPLE.check(part["action"], theirs["chains_or_actions"], "action")
+        else:
+            SAMPLE.check(part["x"], theirs["chains_prev"], "x")
+            SAMPLE.check(part["x_next"], theirs["chains_next"], "x_next")
+            EXACT.check(k, theirs["denoising_inds"], "step")
+            log_prob = chunk_log_prob(log_prob, self.policy.reward_horizon)
+        TABLE.check(batch.obs["state"][row], theirs["state"], "state")
+        LOG_PROB.check(batch.record["log_prob"][row, k], log_prob, "old log-prob")
+        LOSS.check(batch.returns[row], theirs["returns"], "return")
+        LOSS.check(batch.value[row], theirs["oldvalues"], "old value")
+        LOSS.check(batch.advantage[row], theirs["advantages"], "advantage")
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def iteration(self, row: Mapping[str, float]) -> None:
+        if row["iteration"] == 0:
+            return
+        i = self.iteration_number
+        self.iteration_number += 1
+        for name, value in self.case.sub(f"result/itr{i}/").items():
+            LOSS.check(row.get(RESULTS[name], 0.0), value, f"iteration {i}: {name}")
+        after = self.case.case(f"after_itr{i}")
+        for name, trainable in self.algorithm.trainables.items():
+            if f"{name}_lr" in after:
+                TABLE.check(trainable.schedule.lr, after[f"{name}_lr"], f"iteration {i}: {name} rate")
+        modules = nn.ModuleDict({"actor_ft": self.policy.actor_ft, "critic": self.algorithm.critic})
+        if getattr(self.policy, "eta", None) is not None:
+            modules["eta"] = self.policy.eta
+        for name, value in after.sub("w/").items():
+            sensitivity = float(self.case.sub("sensitivity/").get(name, 0.0))
+            tolerance = weights_after_training(sensitivity)
+            tolerance.check(modules.get_parameter(name), value, f"iteration {i}: {name}")
+
+    def finish(self) -> None:
+        """All that was recorded has happened."""
+        for left in (self.samples, self.updates, self.orders, self.draws):
+            assert next(left, None) is None
+
+
+def algorithm_of(case: Case) -> PPO:
+    """The algorithm, with the initial weights and ready to collect."""
+    cfg, model, weights = case.cfg, case.cfg["model"], case.tensors("w_init/")
+    train = {**cfg["train"], "microbatch_size": cfg["train"]["batch_size"]}
+    critic = load_critic(weights, build(model["critic"]))
+    buffer = RolloutBuffer(train["n_steps"], cfg["env"]["n_envs"])
+    if class_name(model["actor"]) == "Gaussian_MLP":
+        gaussian = gaussian_policy(model["actor"], model, weights)
+        return PPO(gaussian, critic, options(PPOConfig, train, model), buffer, bootstrap_truncated=False)
+    horizon = {"reward_horizon": cfg.get("reward_horizon", cfg["act_steps"])}
+    diffusion = diffusion_policy({**model, **horizon}, weights, build(model["actor"]))
+    return DPPO(diffusion, critic, options(DPPOConfig, train, model), buffer, bootstrap_truncated=False)
+
+
+def is_supported(case: Case) -> bool:
+    return class_name(case.cfg["model"]["actor"]) in CLASSES
+
+
+@pytest.mark.parametrize(
+    "case",
+    golden_cases("11_agent_ppo_diffusion", is_supported) + golden_cases("11_agent_ppo_gaussian", is_supported),
+)
+def test_fine_tuning_run(case: Case, tmp_path: Path) -> None:
+    cfg, algorithm = case.cfg, algorithm_of(case)
+    replay, env = Replay(case, algorithm), ScriptedEnv(case)
+    statistics = EpisodeStatistics(
+        env.num_envs, env.act_steps, cfg["env"]["best_reward_threshold_for_success"], whole_only=True
+    )
+    collector = Collector(env, algorithm.policy, statistics)
+    config = options(TrainConfig, cfg["train"], cfg["env"], {"evaluate_in_place": True})
+    Trainer(algorithm, config, tmp_path, torch.Generator(), collector).train(replay)
+    replay.finish()

@@ -14,14 +14,13 @@ from dppo_fast.algorithms.ppo import PPO, Batch, PPOConfig
 from dppo_fast.buffer import RolloutBuffer
 from dppo_fast.kernels.denoise_step import chunk_log_prob
 from dppo_fast.policies.diffusion import DiffusionPolicy
-from tests.golden_files import Case, golden_cases
+from tests.golden_files import Case
 from tests.golden_models import (
-    base_weights,
     check_gradients,
+    diffusion_cases,
     diffusion_policy,
+    gaussian_cases,
     gaussian_of,
-    is_diffusion_mlp,
-    is_gaussian_mlp,
     load_critic,
     observations,
     options,
@@ -84,13 +83,7 @@ def dppo_case(case: Case) -> tuple[DPPO, nn.ModuleDict]:
     return algorithm, nn.ModuleDict({name: module for name, module in named.items() if module is not None})
 
 
-def dppo_cases(array: str) -> list[Any]:
-    return golden_cases(
-        "06_ppo_loss", lambda case: array in case and is_diffusion_mlp(base_weights(case.sub("w/")))
-    )
-
-
-@pytest.mark.parametrize("case", dppo_cases("out/v_loss"))
+@pytest.mark.parametrize("case", diffusion_cases("06_ppo_loss", "out/v_loss"))
 def test_dppo_loss(case: Case) -> None:
     algorithm, named = dppo_case(case)
     loss, parts = loss_of(algorithm, *pairs(case, algorithm.policy))
@@ -101,7 +94,7 @@ def test_dppo_loss(case: Case) -> None:
     check_gradients(case.tensors("grad/"), named)
 
 
-@pytest.mark.parametrize("case", dppo_cases("sane/pg_loss"))
+@pytest.mark.parametrize("case", diffusion_cases("06_ppo_loss", "sane/pg_loss"))
 def test_one_fine_tuned_step_is_clipped_with_the_last_steps_coefficient(case: Case) -> None:
     """Where the reference divides 0 by 0."""
     algorithm, named = dppo_case(case)
@@ -111,7 +104,7 @@ def test_one_fine_tuned_step_is_clipped_with_the_last_steps_coefficient(case: Ca
     check_gradients(case.tensors("sane/grad_pg/"), named)
 
 
-@pytest.mark.parametrize("case", dppo_cases("bc/loss"))
+@pytest.mark.parametrize("case", diffusion_cases("06_ppo_loss", "bc/loss"))
 def test_dppo_behaviour_cloning_loss(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm, named = dppo_case(case)
     policy = algorithm.policy
@@ -128,10 +121,7 @@ def ppo_case(case: Case) -> tuple[PPO, nn.ModuleDict]:
     return algorithm, nn.ModuleDict({"network": policy.actor_ft, "critic": critic})
 
 
-GAUSSIAN_CASES = golden_cases("08_gaussian_gmm_ppo", is_gaussian_mlp)
-
-
-@pytest.mark.parametrize("case", GAUSSIAN_CASES)
+@pytest.mark.parametrize("case", gaussian_cases("08_gaussian_gmm_ppo", "out/v_loss"))
 def test_ppo_loss(case: Case) -> None:
     algorithm, named = ppo_case(case)
     record = {"action": case.tensor("in/actions"), "log_prob": case.tensor("in/oldlogprobs")[:, None]}
@@ -142,7 +132,7 @@ def test_ppo_loss(case: Case) -> None:
     check_gradients(case.tensors("grad/"), named)
 
 
-@pytest.mark.parametrize("case", GAUSSIAN_CASES)
+@pytest.mark.parametrize("case", gaussian_cases("08_gaussian_gmm_ppo", "bc_term/loss"))
 def test_ppo_behaviour_cloning_loss(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm, named = ppo_case(case)
     policy = algorithm.policy

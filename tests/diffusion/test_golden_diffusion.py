@@ -11,7 +11,7 @@ from torch import nn
 from dppo_fast.diffusion.schedule import CosineSchedule, NoiseSchedule
 from dppo_fast.policies.diffusion import DiffusionPolicy
 from tests.golden_files import Case, golden_cases
-from tests.golden_models import base_weights, check_gradients, diffusion_policy, is_diffusion_mlp
+from tests.golden_models import check_gradients, diffusion_cases, diffusion_policy
 from tests.tolerances import EXACT, FORWARD, LOSS, TABLE
 
 
@@ -73,9 +73,7 @@ def policy_of(case: Case) -> DiffusionPolicy:
     return diffusion_policy(cfg, case.tensors("w/"))
 
 
-@pytest.mark.parametrize(
-    "case", golden_cases("03_diffusion_losses", lambda case: is_diffusion_mlp(base_weights(case.sub("w/"))))
-)
+@pytest.mark.parametrize("case", diffusion_cases("03_diffusion_losses"))
 def test_denoising_loss(case: Case) -> None:
     policy = policy_of(case)
     obs, x0, t, noise = ({"state": case.tensor("in/state")}, *map(case.tensor, ("in/x_start", "in/t", "noise")))

@@ -119,6 +119,17 @@ def test_half_cheetah_is_truncated_and_never_terminates(backend: str) -> None:
         assert (final["state"][0] - steps[-1].obs["state"][0]).abs().max() > 1
 
 
+def test_a_time_limit_counts_as_termination_only_where_asked() -> None:
+    config = EnvConfig(id="HalfCheetah-v4", num_envs=2, act_steps=4, max_episode_steps=8)
+    for terminates in (False, True):
+        with opened(replace(config, time_limit_terminates=terminates)) as env:
+            env.reset()
+            last = run(env, random_actions(env, 2))[-1]
+            assert last.terminated.tolist() == [terminates] * 2
+            assert last.truncated.tolist() == [not terminates] * 2
+            assert last.final_obs is not None
+
+
 def test_normalization_file_reaches_the_env(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     path = tmp_path / "normalization.npz"

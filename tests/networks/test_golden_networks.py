@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dppo_fast.networks.embed import SinusoidalPosEmb
+from dppo_fast.networks.mlp import DiffusionMLP
 from tests.golden_files import Case, golden_cases
 from tests.golden_models import (
     Shapes,
     build,
     check_gradients,
     critic_mlp,
-    diffusion_mlp,
+    diffusion_mlp_options,
     is_diffusion_mlp,
     observations,
     roots,
@@ -103,12 +106,14 @@ def formula_weights(shapes: Shapes) -> dict[str, Tensor]:
     return weights
 
 
-@pytest.mark.parametrize(
-    "case", golden_cases("12_real_size_formula_weights", lambda case: is_diffusion_mlp(real_size(case)))
-)
+def real_size_cases(keep: Callable[[Shapes], bool]) -> list[Any]:
+    return golden_cases("12_real_size_formula_weights", lambda case: keep(real_size(case)))
+
+
+@pytest.mark.parametrize("case", real_size_cases(is_diffusion_mlp))
 def test_real_size_denoising_network(case: Case) -> None:
     shapes = real_size(case)
-    network = diffusion_mlp(shapes, *case["in/x"].shape[1:])
+    network = DiffusionMLP(**diffusion_mlp_options(shapes, *case["in/x"].shape[1:]))
     network.load_state_dict(formula_weights(shapes))
     with torch.no_grad():
         out = network(case.tensor("in/x"), case.tensor("in/t"), observations(case))
@@ -116,7 +121,7 @@ def test_real_size_denoising_network(case: Case) -> None:
     assert sum(p.numel() for p in network.parameters()) == case["n_params"]
 
 
-@pytest.mark.parametrize("case", golden_cases("12_real_size_formula_weights", lambda case: roots(real_size(case)) == {"Q1"}))
+@pytest.mark.parametrize("case", real_size_cases(lambda shapes: roots(shapes) == {"Q1"}))
 def test_real_size_critic(case: Case) -> None:
     shapes = real_size(case)
     critic = critic_mlp(shapes)

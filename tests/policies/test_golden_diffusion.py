@@ -12,18 +12,9 @@ from torch import Tensor
 from dppo_fast.kernels.denoise_step import chunk_log_prob
 from dppo_fast.policies.diffusion import DiffusionPolicy
 from dppo_fast.types import Obs
-from tests.golden_files import Case, golden_cases
-from tests.golden_models import base_weights, diffusion_policy, is_diffusion_mlp, observations
+from tests.golden_files import Case
+from tests.golden_models import diffusion_cases, diffusion_policy, observations, weights_of
 from tests.tolerances import FORWARD, LOG_PROB, SAMPLE, log_densities
-
-
-def weights_of(case: Case) -> dict[str, Tensor]:
-    """The case's own, or those of the case that it names."""
-    return (case.file.case(case.cfg["weights"]) if "weights" in case.cfg else case).tensors("w/")
-
-
-def mlp_cases(stem: str) -> list[Any]:
-    return golden_cases(stem, lambda case: bool(case.cfg) and is_diffusion_mlp(base_weights(weights_of(case))))
 
 
 def check_eta(policy: DiffusionPolicy, obs: Obs, expected: Tensor) -> None:
@@ -37,7 +28,7 @@ def check_log_density(policy: DiffusionPolicy, x: Tensor, density: Tensor, expec
     log_densities(x, expected, policy.min_log_prob_std).check(density, expected, "log-density")
 
 
-@pytest.mark.parametrize("case", mlp_cases("04_base_sampling") + mlp_cases("04_eval_sampling"))
+@pytest.mark.parametrize("case", diffusion_cases("04_base_sampling") + diffusion_cases("04_eval_sampling"))
 def test_evaluation(case: Case) -> None:
     """The reference's evaluation ignores its deterministic flag, where it does not fail."""
     policy = diffusion_policy(case.cfg, weights_of(case))
@@ -51,7 +42,7 @@ def chains() -> list[Any]:
     """(case, mode): every chain of every case; stochastic, deterministic, or of the base policy at every step."""
     return [
         pytest.param(case, mode, id=f"{param.id}-{mode}", marks=param.marks)
-        for param in mlp_cases("04_ppo_sampling_logprobs")
+        for param in diffusion_cases("04_ppo_sampling_logprobs")
         for case in param.values
         for mode in ("stoch", "det", "base")
         if f"{mode}/noise" in case
@@ -84,7 +75,7 @@ def test_sampling_and_log_probs(case: Case, mode: str) -> None:
         LOG_PROB.check(chain.log_prob, expected, "log-prob that the sampler emits")
 
 
-@pytest.mark.parametrize("case", mlp_cases("05_logprobs_subsample"))
+@pytest.mark.parametrize("case", diffusion_cases("05_logprobs_subsample"))
 def test_log_probs_of_single_steps(case: Case) -> None:
     policy = diffusion_policy(case.cfg, weights_of(case))
     obs = observations(case)

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from dppo_fast.policies.gaussian import GaussianPolicy
-from tests.golden_files import Case, golden_cases
-from tests.golden_models import gaussian_of, is_gaussian_mlp, observations
+from tests.golden_files import Case
+from tests.golden_models import DETERMINISTIC_STD, gaussian_cases, gaussian_of, observations
 from tests.tolerances import LOG_PROB, LOSS, SAMPLE
 
-CASES = golden_cases("08_gaussian_gmm_ppo", is_gaussian_mlp)
-DETERMINISTIC_STD = 1e-4
-"""The reference's "deterministic" actions are samples with this std; ours are the mean."""
+CASES = gaussian_cases("08_gaussian_gmm_ppo")
 
 
 def base_policy(case: Case) -> GaussianPolicy:
