@@ -14,14 +14,14 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from dppo_fast.cli import command_main
+from dppo_fast.types import UserError, require_ranges
 
 
 @dataclass
 class CollectConfig:
     """``steps`` env steps at least, in whole episodes with a return in [min_return, max_return]; ``num_envs`` at once.
 
-    ``deterministic`` acts without the policy's own exploration; ``action_noise`` is the std of Gaussian noise added to
-    every action, in units of [-1, 1]. ``max_steps`` bounds the recording itself where few episodes
+    ``deterministic`` acts without the policy's exploration. ``max_steps`` bounds the recording itself where few episodes
     qualify.
     """
 
@@ -31,11 +31,15 @@ class CollectConfig:
     num_envs: int = 32
     seed: int = 0
     deterministic: bool = False
-    action_noise: float = 0.0
     min_return: float | None = None
     max_return: float | None = None
     max_steps: int = 10_000_000
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        least = "-inf" if self.min_return is None else self.min_return
+        positive = dict.fromkeys(("steps", "num_envs", "max_steps"), "[1, inf)")
+        require_ranges(self, "", {**positive, "seed": "[0, 4294967295]", "max_return": f"[{least}, inf]"})
 
 
 def collect(config: CollectConfig) -> dict[str, float]:
@@ -44,18 +48,17 @@ def collect(config: CollectConfig) -> dict[str, float]:
     from rich.progress import Progress
 
     from dppo_fast.build import load_policy, pick_device
+    from dppo_fast.config import naming
     from dppo_fast.data.trajectories import TrajectoryRecorder
-    from dppo_fast.types import UserError
 
-    if config.steps < 1 or config.num_envs < 1:
-        raise UserError(f"steps={config.steps}, num_envs={config.num_envs}: both must be at least 1")
+    device = pick_device(config.device)
+    with naming("checkpoint"):
+        loaded = load_policy(config.checkpoint, device)
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out={out} is not writable ({error.strerror}); choose another directory") from error
-    device = pick_device(config.device)
-    loaded = load_policy(config.checkpoint, device)
     loaded.policy.generator = torch.Generator(device).manual_seed(config.seed)
     chunk = loaded.config.task.act_steps
     env = loaded.make_env(config.num_envs, device, config.seed, act_steps=1)
@@ -79,8 +82,6 @@ def collect(config: CollectConfig) -> dict[str, float]:
                 plan = torch.where(due[:, None, None], fresh, plan)
                 ages = torch.where(due, 0, ages)
             action = plan.gather(1, ages[:, None, None].expand(-1, 1, plan.shape[-1]))
-            if config.action_noise > 0:
-                action = action + config.action_noise * loaded.policy.randn(*action.shape)
             state = env.raw_obs["state"][:, -1]
             step = env.step(action)
             raw = env.normalization.unnormalize_action(action[:, 0].cpu().numpy()).clip(low, high)
