@@ -37,16 +37,19 @@ class RolloutBuffer:
         self.invalid = False
         self.final = []
 
-    def add(self, obs: Obs, record: Record, step: Step, first: Tensor) -> None:
-        """One decision of every env; tensors are copied."""
-        t = self.t
+    def add(self, obs: Obs, record: Record, first: Tensor) -> None:
+        """One decision of every env, to be stored before it is executed: the env may then write over ``obs``."""
         for store, values in ((self.obs, obs), (self.record, record)):
             for name, value in values.items():
-                self._slot(store, name, value)[t] = value
+                self._slot(store, name, value)[self.t] = value
+        self.first[self.t] = first
+
+    def complete(self, step: Step) -> None:
+        """What came of the decision that was added last."""
+        t = self.t
         self.reward[t] = step.reward
         self.terminated[t] = step.terminated
         self.truncated[t] = step.truncated
-        self.first[t] = first
         self.valid[t] = True if step.valid is None else step.valid
         self.invalid |= step.valid is not None
         if step.final_obs is not None:

@@ -180,8 +180,8 @@ def _load_reference(path: Path) -> PolicyWeights:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen unrelated types for damaged or pickled files
         raise CheckpointError(
-            f"{path}: not readable as tensors alone ({str(error).splitlines()[0]}); it is damaged, or holds objects, "
-            "which are never unpickled"
+            f"{path}: not readable as tensors alone ({(str(error) or repr(error)).splitlines()[0]}); it is damaged, or "
+            "holds objects, which are never unpickled"
         ) from error
     weights = content.get("ema", content.get("model")) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(
@@ -209,10 +209,10 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     parameter.
     """
     own = module.state_dict()
-    missing, extra = own.keys() - weights.keys(), weights.keys() - own.keys()
-    if missing or extra:
-        parts = [f"lacks {min(missing)}"] * bool(missing) + [f"has an unexpected {min(extra)}"] * bool(extra)
-        raise CheckpointError(f"{source}: belongs to another network: it {' and '.join(parts)}")
+    lacking, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
+    for names, what in ((lacking, "it lacks"), (unexpected, "it has an unexpected")):
+        if names:
+            raise CheckpointError(f"{source}: belongs to another network: {what} {min(names)}")
     for name, value in weights.items():
         if value.shape != own[name].shape:
             raise CheckpointError(

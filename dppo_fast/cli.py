@@ -66,10 +66,12 @@ def config_source(arguments: Sequence[str]) -> list[str]:
     return ["--config-name", name]
 
 
-def overrides(arguments: Sequence[str]) -> list[str]:
-    """What of our command line is left for Hydra; its grammar lacks some characters that a run's path may have."""
+def hydra_arguments(arguments: Sequence[str]) -> list[str]:
+    """What of our command line is left for Hydra: flags, which it wants first, and overrides."""
     rest = [argument for argument in arguments if not argument.startswith("cfg=")]
-    return [re.sub(r"^resume=([^']+)$", r"resume='\1'", argument) for argument in rest]
+    # a run's path may hold characters that are not in Hydra's grammar
+    rest = [re.sub(r"^resume=([^']+)$", r"resume='\1'", argument) for argument in rest]
+    return sorted(rest, key=lambda argument: argument[:1] != "-" and ("=" in argument or argument[:1] == "~"))
 
 
 def guarded(run: Callable[[], object]) -> int:
@@ -86,7 +88,8 @@ def guarded(run: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (HydraException, OmegaConfBaseException) as error:
-        lines = dict.fromkeys(str(part).strip().splitlines()[0] for part in (error, error.__cause__) if part)
+        parts = (getattr(error, "override", None), error, error.__cause__)
+        lines = dict.fromkeys(str(part).strip().splitlines()[0] for part in parts if part)
         print(f"error: {'; '.join(lines)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
@@ -124,7 +127,7 @@ def hydra_main(task: Callable[[DictConfig], object], arguments: Sequence[str], u
         with TemporaryDirectory() as scratch:  # Hydra describes a --multirun there
             defaults = [*HYDRA_DEFAULTS, f"hydra.sweep.dir={scratch}"]
             try:
-                _compose(task, [*source, *overrides(arguments), *defaults])
+                _compose(task, [*source, *hydra_arguments(arguments), *defaults])
             except Exception as error:
                 if unknown := re.match(r"Could not override '(.+?)'", str(error)):
                     keys: list[str] = []

@@ -63,7 +63,6 @@ def collect(config: CollectConfig) -> dict[str, float]:
     chunk = loaded.config.task.act_steps
     env = loaded.make_env(config.num_envs, device, config.seed, act_steps=1)
     recorder = TrajectoryRecorder(config.num_envs)
-    low, high = env.action_bounds
     obs = env.reset()
     kept = recorded = 0
     plan = loaded.policy.act(obs, config.deterministic).action[:, :chunk]
@@ -84,7 +83,7 @@ def collect(config: CollectConfig) -> dict[str, float]:
             action = plan.gather(1, ages[:, None, None].expand(-1, 1, plan.shape[-1]))
             state = env.raw_obs["state"][:, -1]
             step = env.step(action)
-            raw = env.normalization.unnormalize_action(action[:, 0].cpu().numpy()).clip(low, high)
+            raw = env.normalization.unnormalize_action(action[:, 0].cpu().numpy())
             ended = step.terminated | step.truncated
             valid = torch.ones_like(ended) if step.valid is None else step.valid
             reward, *flags = (x.cpu().numpy() for x in (step.reward, step.terminated, step.truncated, valid))

@@ -95,8 +95,9 @@ class Collector:
         buffer.clear()
         for _ in range(buffer.num_steps):
             act = self.actor.act(self.obs, deterministic)
+            buffer.add(self.obs, act.record, self.first)
             step = self.env.step(act.action[:, : self.env.act_steps])
-            buffer.add(self.obs, act.record, step, self.first)
+            buffer.complete(step)
             self.obs = step.obs
             self.first = step.terminated | step.truncated
         first = torch.cat((buffer.first, self.first[None])).cpu().numpy()

@@ -1,6 +1,7 @@
 """python -m dppo_fast.train cfg=<name> [key=value ...]: pre-train or fine-tune a policy.
 
-resume=<run directory> continues a run exactly; cfg=<file>.yaml takes a configuration of your own, or a run's.
+resume=<run directory> continues a run exactly, from its last checkpoint or with resume_from=previous from the one
+before; cfg=<file>.yaml takes a configuration of your own, or a run's config.yaml to repeat it.
 --cfg job shows a configuration, --multirun sweeps (seed=1,2), cfg=<name> --help explains both.
 """
 

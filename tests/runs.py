@@ -68,7 +68,9 @@ BC = [
 """Pre-training on the data of `demonstrations`; an iteration is 5 minibatches."""
 
 
-def demonstrations(path: Path, state_dim: int = 11, action_dim: int = 3, lengths: tuple[int, ...] = (40, 30, 19)) -> Path:
+def demonstrations(
+    path: Path, state_dim: int = 11, action_dim: int = 3, lengths: tuple[int, ...] = (40, 30, 19)
+) -> Path:
     """Write random demonstrations with the dims of Hopper."""
     rng = np.random.default_rng(0)
     steps = sum(lengths)

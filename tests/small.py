@@ -36,16 +36,16 @@ def observations(batch: int, seed: int = 0) -> Obs:
 
 
 def diffusion_policy(
-    eta: Eta | None = None, network: type[DiffusionMLP] = DiffusionMLP, spread: float = 0.1, **options: Any
+    eta: Eta | None = None, network: type[DiffusionMLP] = DiffusionMLP, **options: Any
 ) -> DiffusionPolicy:
-    """S = 4, F = 2 unless told otherwise; ``spread`` is how far the fine-tuned network has moved from the base."""
+    """S = 4, F = 2 unless told otherwise; the fine-tuned network differs from the base."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         actor = network(ACTION_DIM, HORIZON, cond_dim=6, mlp_dims=(16, 16, 16), residual_style=True)
         config = DiffusionConfig(**{"denoising_steps": 4, "ft_denoising_steps": 2, **options})
         policy = DiffusionPolicy(actor, config, HORIZON, ACTION_DIM, eta)
         if policy.actor_ft is not None:
-            perturb(policy.actor_ft, spread)
+            perturb(policy.actor_ft, 0.1)
     policy.generator = seeded(1)
     return policy
 
@@ -59,17 +59,17 @@ def gaussian_policy(network: type[GaussianMLP] = GaussianMLP, **options: Any) ->
     return policy
 
 
-def perturb(module: nn.Module, scale: float, seed: int = 2) -> None:
-    generator = seeded(seed)
+def perturb(module: nn.Module, scale: float) -> None:
+    generator = seeded(2)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def critic() -> CriticObs:
+def critic(cond_dim: int = 6) -> CriticObs:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return CriticObs(cond_dim=6, mlp_dims=(16, 16))
+        return CriticObs(cond_dim, mlp_dims=(16, 16))
 
 
 def toy_env(num_envs: int = 4, device: str = "cpu", **simulator: Any) -> ChunkEnv:
@@ -94,15 +94,9 @@ def rollout(actor: Actor, steps: int = 8, device: str = "cpu") -> RolloutBuffer:
 
 
 def algorithm(policy: Policy, buffer: RolloutBuffer, value: nn.Module | None = None, **config: Any) -> PPO:
-    """DPPO for diffusion policies, PPO for the others, with learning rates at which a few steps matter."""
-    constant = LRConfig(min_lr=1e-2)
-    config = {
-        "batch_size": 16,
-        "update_epochs": 2,
-        "actor_lr_scheduler": constant,
-        "critic_lr_scheduler": constant,
-        **config,
-    }
+    """DPPO for diffusion policies, PPO for the others, at a learning rate at which a few steps matter."""
+    rates = dict.fromkeys(("actor_lr_scheduler", "critic_lr_scheduler"), LRConfig(min_lr=1e-2))
+    config = {"batch_size": 16, "update_epochs": 2, **rates, **config}
     cls, schema = (DPPO, DPPOConfig) if isinstance(policy, DiffusionPolicy) else (PPO, PPOConfig)
     result = cls(policy, value or critic().to(buffer.device), schema(**config), buffer)
     result.generator = torch.Generator(buffer.device).manual_seed(4)
@@ -149,7 +143,7 @@ class Bandit:
 def learn_bandit(policy: Policy, iterations: int, **config: Any) -> tuple[float, float]:
     """The mean reward of ``policy``, whose observations are [1, 1] and actions [1, 2], before and after training."""
     env = Bandit((0.8, -0.8), num_envs=64)
-    learner = algorithm(policy, RolloutBuffer(1, env.num_envs), CriticObs(1, mlp_dims=(8,)), **config)
+    learner = algorithm(policy, RolloutBuffer(1, env.num_envs), critic(cond_dim=1), **config)
     collect = collector(env, policy).collect
     returns = []
     for iteration in range(iterations):

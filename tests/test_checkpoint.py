@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,16 @@ from dppo_fast.checkpoint import (
     prune,
 )
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
 
 
 @st.composite
@@ -63,6 +73,11 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a == b or a != a != b)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
 def example(**state: Any) -> Checkpoint:
     weights = {"policy": {"actor.weight": torch.arange(6.0).view(2, 3)}, "critic": {"bias": torch.ones(2)}}
     return Checkpoint(weights, {"interface": {}, **state}, {"seed": 1}, 7)
@@ -70,8 +85,8 @@ def example(**state: Any) -> Checkpoint:
 
 @settings(max_examples=100)
 @given(state=STATES)
-def test_any_state_comes_back(state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("state") / "file.safetensors"
+def test_any_state_comes_back(folder: Path, state: dict[str, Any]) -> None:
+    path = folder / "state.safetensors"
     saved = example(**state)
     saved.save(path)
     loaded = Checkpoint.load(path)
@@ -89,44 +104,34 @@ def test_lists_arrays_and_shared_tensors_come_back_as_plain_ones(tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("file") / "file.safetensors"
+def file(folder: Path) -> bytes:
+    path = folder / "file.safetensors"
     example(generator=torch.Generator().get_state()[:64], numbers=[1.5, {"x": 2}]).save(path)
     return path.read_bytes()
 
 
-def load_bytes(content: bytes, folder: Path) -> Checkpoint:
+def load_bytes(content: bytes | bytearray, folder: Path) -> Checkpoint:
     path = folder / "file.safetensors"
     path.write_bytes(content)
     return Checkpoint.load(path)
 
 
-@settings(max_examples=400)
+@settings(max_examples=1000)
 @given(data=st.data())
-def test_flipped_bits_never_load_as_something_else(
-    file: bytes, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_flipped_bits_never_load_as_something_else(file: bytes, folder: Path, data: st.DataObject) -> None:
     damaged = bytearray(file)
     for _ in range(data.draw(st.integers(1, 3))):
         damaged[data.draw(st.integers(0, len(file) - 1))] ^= data.draw(st.integers(1, 255))
-    folder = tmp_path_factory.mktemp("flipped")
     original = load_bytes(file, folder)
-    try:
-        loaded = load_bytes(damaged, folder)
-    except CheckpointError as error:
-        assert "file.safetensors" in str(error)
-    else:  # white space in the file's own header means nothing
-        assert same(vars(original), vars(loaded))
+    with suppress(CheckpointError):
+        assert same(vars(original), vars(load_bytes(damaged, folder))), "only white space may differ"
 
 
-@settings(max_examples=100)
 @given(data=st.data())
-def test_a_truncated_file_is_refused(
-    file: bytes, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_truncated_file_is_refused(file: bytes, folder: Path, data: st.DataObject) -> None:
     end = data.draw(st.integers(0, len(file) - 1))
     with pytest.raises(CheckpointError, match=r"file\.safetensors: truncated or not a safetensors file"):
-        load_bytes(file[:end], tmp_path_factory.mktemp("truncated"))
+        load_bytes(file[:end], folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 1000, b"PK\x03\x04", struct.pack("<Q", 2) + b"{}", os.urandom(500)])
@@ -225,7 +230,7 @@ class Malicious:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
 def test_a_pickle_is_refused_and_does_not_run(write: Any, tmp_path: Path) -> None:
     trace, path = tmp_path / "trace", tmp_path / "state.pt"
     write({"itr": 0, "model": below("network", linear(1.0)), "extra": Malicious(trace)}, path)
@@ -237,7 +242,8 @@ def test_a_pickle_is_refused_and_does_not_run(write: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", [[1, 2], {}, {"model": 3}, {"model": {}}, {"model": {"network.weight": 1.0}}, {"model": {"q.x": torch.ones(1)}}]
+    "content",
+    [[1, 2], {}, {"model": 3}, {"model": {}}, {"model": {"network.weight": 1.0}}, {"model": {"q.x": torch.ones(1)}}],
 )
 def test_a_pt_file_of_something_else_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "state.pt")

@@ -100,13 +100,14 @@ def test_a_corrupt_checkpoint_is_refused_and_the_previous_one_used_on_request(
     run = tmp_path / "run"
     killed([*arguments("dppo-envpool"), f"logdir={run}"], COLLECT, 6 + 3, tmp_path / "output")
     latest = checkpoints(run)[-1]
-    damaged = bytearray(latest.read_bytes())
-    damaged[-100] ^= 1
-    latest.write_bytes(damaged)
-    assert train(f"resume={run}") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert str(latest) in error
+    good = latest.read_bytes()
+    flipped = good[:-100] + bytes([good[-100] ^ 1]) + good[-99:]
+    for damaged in (flipped, good[:-1], good[: len(good) // 2], b"", b"something else"):
+        latest.write_bytes(damaged)
+        assert train(f"resume={run}") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert str(latest) in error
     assert train(f"resume={run}", "resume_from=previous") == 0
     assert_same_runs(run, whole("dppo-envpool"))
 

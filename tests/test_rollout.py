@@ -78,12 +78,15 @@ def test_an_episode_of_one_chunk_counts() -> None:
 class CountingEnv:
     """Shows (env, step of the run, step of the episode); env i terminates after i + 2 chunks, env 0 is cut instead.
 
-    Everything that it hands out is kept in ``handed_out``, with a copy.
+    Everything that it hands out is kept in ``handed_out``, with a copy. With ``reuse`` it writes every answer over the
+    last one.
     """
 
     num_envs, action_dim, act_steps, max_episode_steps = 3, 2, 2, 100
 
-    def __init__(self) -> None:
+    def __init__(self, reuse: bool) -> None:
+        self.reuse = reuse
+        self.memory: dict[str, Tensor] = {}
         self.obs_shapes = {"state": (1, 3)}
         self.age = torch.zeros(3)
         self.t = 0
@@ -99,16 +102,19 @@ class CountingEnv:
         self.t += 1
         self.age += 1
         over = self.age >= torch.tensor([2, 3, 4])
-        final = self._obs() if over.any() else None
+        final = self._obs("final") if over.any() else None
         self.age[over] = 0
         cut = torch.tensor([True, False, False])
-        reward = self._keep(10.0 * self.t + torch.arange(3))
+        reward = self._keep("reward", 10.0 * self.t + torch.arange(3))
         return Step(self._obs(), final, reward, over & ~cut, over & cut)
 
-    def _obs(self) -> Obs:
-        return {"state": self._keep(torch.stack((torch.arange(3.0), torch.full((3,), self.t), self.age), 1)[:, None])}
+    def _obs(self, name: str = "obs") -> Obs:
+        state = torch.stack((torch.arange(3.0), torch.full((3,), self.t), self.age), 1)[:, None]
+        return {"state": self._keep(name, state)}
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def _keep(self, name: str, tensor: Tensor) -> Tensor:
+        if self.reuse:
+            return self.memory.setdefault(name, tensor.clone()).copy_(tensor)
         self.handed_out.append((tensor, tensor.clone()))
         return tensor
 
@@ -137,9 +143,9 @@ class EchoActor:
 
 
 class TestCollector:
-    @pytest.fixture(autouse=True)
-    def _collect(self) -> None:
-        self.env = CountingEnv()
+    @pytest.fixture(autouse=True, params=[False, True], ids=["new tensors", "reused tensors"])
+    def _collect(self, request: pytest.FixtureRequest) -> None:
+        self.env = CountingEnv(reuse=request.param)
         self.collector = Collector(self.env, EchoActor(), EpisodeStatistics(3, 2, 0.0))
         self.collector.reset()
         self.buffer = RolloutBuffer(5, 3)
@@ -211,7 +217,7 @@ def test_the_buffer_follows_a_record_that_changes_its_shape() -> None:
     flags = torch.zeros(2, dtype=torch.bool)
     for F in (3, 2):
         buffer.clear()
-        buffer.add(obs, {"log_prob": torch.full((2, F), float(F))}, Step(obs, None, flags, flags, flags), flags)
+        buffer.add(obs, {"log_prob": torch.full((2, F), float(F))}, flags)
         assert buffer.record["log_prob"].equal(torch.full((1, 2, F), float(F)))
 
 
@@ -220,7 +226,8 @@ def test_invalid_rows_are_marked() -> None:
     obs = {"state": torch.zeros(2, 1, 1)}
     flags = torch.zeros(2, dtype=torch.bool)
     valid = torch.tensor([True, False])
-    buffer.add(obs, {}, Step(obs, obs, torch.zeros(2), flags, ~valid, valid), flags)
-    buffer.add(obs, {}, Step(obs, None, torch.zeros(2), flags, flags), ~valid)
+    for truncated, mask in ((~valid, valid), (flags, None)):
+        buffer.add(obs, {}, flags)
+        buffer.complete(Step(obs, obs, torch.zeros(2), flags, truncated, mask))
     assert buffer.invalid
     assert buffer.valid.tolist() == [[True, False], [True, True]]

@@ -79,11 +79,6 @@ class ChunkEnv:
         """The current observations with their history, in the simulator's units."""
         return {name: value.copy() for name, value in self._history.items()}
 
-    @property
-    def action_bounds(self) -> tuple[Array, Array]:
-        """Lowest and highest action [Da], in the simulator's units."""
-        return self._simulator.action_low, self._simulator.action_high
-
     def reset(self, seed: int | None = None) -> Obs:
         """Start a new episode everywhere; with a seed, all randomness from here on follows from it."""
         if seed is not None or not self._started:

@@ -12,6 +12,7 @@ import torch
 from dppo_fast.algorithms.dppo import DPPO
 from dppo_fast.networks.eta import Eta, EtaAction, EtaFixed
 from dppo_fast.networks.mlp import DiffusionMLP
+from dppo_fast.optim import LRConfig
 from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from tests.small import (
     algorithm,
@@ -156,7 +157,8 @@ def test_a_diffusion_policy_learns() -> None:
         network = DiffusionMLP(2, 1, cond_dim=1, mlp_dims=(32, 32, 32), residual_style=True)
         policy = DiffusionPolicy(network, DiffusionConfig(denoising_steps=S, ft_denoising_steps=S), 1, 2)
     policy.generator = seeded(0)
-    options = {"batch_size": 64, "update_epochs": 4, "clip_ploss_coef": 0.2, "clip_ploss_coef_base": 0.2}
-    before, after = learn_bandit(policy, iterations=12, **options)
+    clip = {"clip_ploss_coef": 0.2, "clip_ploss_coef_base": 0.2}
+    rate = LRConfig(min_lr=3e-3)
+    before, after = learn_bandit(policy, 12, batch_size=64, update_epochs=4, actor_lr_scheduler=rate, **clip)
     assert before < -1
     assert after > -0.3

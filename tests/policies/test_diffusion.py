@@ -22,6 +22,11 @@ ETAS: dict[str, Callable[[], Eta]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def rescored(policy: DiffusionPolicy, obs: Obs, record: dict[str, Tensor]) -> Tensor:
     """Log-probs [B, F] of a record, as the update computes them."""
     row = torch.arange(B).repeat_interleave(policy.decisions)
