@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+HELP = {"--help", "-h"}
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
@@ -41,7 +42,7 @@ def config_names() -> list[str]:
     """Every ``cfg=`` name: the configs that are whole runs, not the pieces that they are composed of."""
     folder = config_folder()
     files = [file.relative_to(folder).with_suffix("") for file in folder.rglob("*.yaml")]
-    return sorted(name.as_posix() for name in files if name.parts[0] not in ("piece",))
+    return sorted(name.as_posix() for name in files if name.parts[0] != "piece")
 
 
 def config_source(arguments: Sequence[str]) -> list[str]:
@@ -106,8 +107,9 @@ def command_main(schema: type[T], command: Callable[[T], object], arguments: Seq
 
         from dppo_fast.config import typed
 
-        if "--help" in arguments:
-            print(usage, OmegaConf.to_yaml(OmegaConf.structured(schema)), sep="\n\n")
+        if HELP.intersection(arguments):
+            print(usage)
+            print(OmegaConf.to_yaml(OmegaConf.structured(schema)), end="")
             return
         if wrong := [argument for argument in arguments if "=" not in argument]:
             raise UserError(f"{wrong[0]}: not of the form key=value")
@@ -120,8 +122,9 @@ def hydra_main(task: Callable[[DictConfig], object], arguments: Sequence[str], u
     """Compose the configuration that ``arguments`` describe and hand it to ``task``."""
 
     def run() -> None:
-        if "--help" in arguments and not any(argument.startswith("cfg=") for argument in arguments):
-            print(usage, "Names for cfg:", *config_names(), sep="\n  ")
+        if HELP.intersection(arguments) and not any(argument.startswith("cfg=") for argument in arguments):
+            print(usage)
+            print("Names for cfg:", *config_names(), sep="\n  ")
             return
         source = config_source(arguments)
         with TemporaryDirectory() as scratch:  # Hydra describes a --multirun there

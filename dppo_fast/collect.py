@@ -21,8 +21,8 @@ from dppo_fast.types import UserError, require_ranges
 class CollectConfig:
     """``steps`` env steps at least, in whole episodes with a return in [min_return, max_return]; ``num_envs`` at once.
 
-    ``deterministic`` acts without the policy's exploration. ``max_steps`` bounds the recording itself where few episodes
-    qualify.
+    ``deterministic`` acts without the policy's exploration. ``max_steps`` bounds the recording itself where few
+    episodes qualify.
     """
 
     checkpoint: str = MISSING

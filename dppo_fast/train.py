@@ -45,9 +45,8 @@ def train(node: DictConfig) -> None:
         trainer.restore(find(run, config.resume_from))
     first_row = None if config.resume is None else trainer.next_row
     with RunLog(run, config.train.n_train_itr, first_row, settings.live, settings.tensorboard, settings.wandb) as log:
-        if config.resume is None:
-            with atomic_write(run / "config.yaml") as file:
-                file.write(OmegaConf.to_yaml(OmegaConf.create(content)).encode())
+        with atomic_write(run / "config.yaml") as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.create(content)).encode())
         try:
             trainer.train(log)
         except KeyboardInterrupt as interruption:

@@ -61,7 +61,7 @@ def train(trainer: Trainer) -> None:
 def test_a_loss_that_overflows_stops_the_run_at_the_last_good_checkpoint(make: Any, tmp_path: Path) -> None:
     third_rollout = 2 * STEPS * CHUNK + 4 * CHUNK
     run = trainer(tmp_path, make(), Corruption(third_rollout, reward=1e30), reward_scale_running=False)
-    with pytest.raises(TrainingDiverged, match="iteration 3: loss/value.* is not finite") as error:
+    with pytest.raises(TrainingDiverged, match=r"iteration 3: loss/value.* is not finite") as error:
         train(run)
     good = checkpoints(tmp_path)[-1]
     assert str(good) in str(error.value)
@@ -76,7 +76,7 @@ def test_a_loss_that_overflows_stops_the_run_at_the_last_good_checkpoint(make: A
 @pytest.mark.parametrize("make", [gaussian_policy, diffusion_policy])
 def test_a_loss_that_is_nan_stops_the_run(make: Any, tmp_path: Path) -> None:
     run = trainer(tmp_path, make(), Corruption(NEVER), actor_lr_scheduler=LRConfig(min_lr=1e30))
-    with pytest.raises(TrainingDiverged, match="iteration 1: loss/policy.* is not finite") as error:
+    with pytest.raises(TrainingDiverged, match=r"iteration 1: loss/policy.* is not finite") as error:
         train(run)
     assert str(checkpoints(tmp_path)[-1]) in str(error.value)
     assert Checkpoint.load(checkpoints(tmp_path)[-1]).iteration == 0

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from dppo_fast.checkpoint import checkpoints
 from tests.runs import BC, DPPO, PPO, assert_same_runs, demonstrations, killed, rows, train, train_until
@@ -118,6 +119,7 @@ def test_a_run_can_be_prolonged(
     run = tmp_path / "run"
     assert train(*arguments("dppo-envpool"), f"logdir={run}", "train.n_train_itr=2") == 0
     assert train(f"resume={run}", "train.n_train_itr=3") == 0
+    assert OmegaConf.load(run / "config.yaml").train.n_train_itr == 3
     assert_same_runs(run, whole("dppo-envpool"))
 
 
