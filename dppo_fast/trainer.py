@@ -149,7 +149,8 @@ class Trainer:
     def _require_finite(self, row: Mapping[str, float]) -> None:
         bad = sorted(key for key, value in row.items() if key.startswith("loss/") and not math.isfinite(value))
         for name, module in self.algorithm.modules().items():
-            if not torch.stack([p.isfinite().all() for p in module.parameters()]).all():
+            finite = [p.isfinite().all() for p in module.parameters() if p.requires_grad]
+            if finite and not torch.stack(finite).all():
                 bad.append(f"a weight of {name}")
         if bad:
             good = checkpoints(self.run)

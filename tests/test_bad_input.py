@@ -332,7 +332,7 @@ def test_publish(arguments: str, message: str, files: dict[str, Path], fails_wit
 def test_a_diverging_run_names_the_last_good_checkpoint(files: dict[str, Path], tmp_path: Path) -> None:
     arguments = [f"data.path={files['data']}", f"logdir={tmp_path}", "env=null", "algorithm.learning_rate=1e30"]
     with pytest.raises(
-        SystemExit, match=r"error: iteration [12]: loss/bc is not finite; .*/iteration_00000[01]"
+        SystemExit, match=r"error: iteration [12]: loss/bc.* is not finite; .*/iteration_00000[01]"
     ) as exit:
         train(*BC, *arguments)
     assert isinstance(exit.value.code, str), "the interpreter prints it and exits with 1"
