@@ -176,7 +176,7 @@ def test_arguments(
         (FINETUNE, "algorithm.critic_lr=-1e-3", "algorithm.critic_lr=-0.001 must lie in"),
         (FINETUNE, "algorithm.batch_size=0", "algorithm.batch_size=0 must lie in"),
         (FINETUNE, "algorithm.batch_size=1", r"algorithm.batch_size=1 must lie in \[2, inf\)"),
-        (FINETUNE, "algorithm.batch_size=20001", "algorithm.batch_size=20001 is larger than the 20000 pairs"),
+        (FINETUNE, "algorithm.batch_size=601 train.n_steps=3", "algorithm.batch_size=601 is larger than the 600 pairs"),
         (FINETUNE, "algorithm.microbatch_size=0", "algorithm.microbatch_size=0 must lie in"),
         (FINETUNE, "algorithm.update_epochs=0", "algorithm.update_epochs=0 must lie in"),
         (FINETUNE, "algorithm.clip_ploss_coef_rate=0", "algorithm.clip_ploss_coef_rate=0.0 must lie in"),
