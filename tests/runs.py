@@ -112,6 +112,7 @@ def _train_until(arguments: list[str], moment: str, call: int, number: int, outp
         return function(*args, **kwargs)
 
     setattr(owner, attribute, counted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     with output.open("w") as file:
         sys.stdout = sys.stderr = file
         code = main(arguments)
