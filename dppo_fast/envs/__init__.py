@@ -114,7 +114,7 @@ def _make_simulator(config: EnvConfig) -> Simulator:
             logger.info("env.id=%s: %s through %s", config.id, task_id, name)
             return backend.make(task_id, config)
         known += ids
-    nearest = get_close_matches(config.id, [*known, *REFERENCE_IDS], n=5, cutoff=0.5)
+    nearest = get_close_matches(config.id, dict.fromkeys([*known, *REFERENCE_IDS]), n=5, cutoff=0.5)
     reasons = ([f"unknown; nearest names: {', '.join(nearest) or 'none'}"] if known else []) + missing
     raise UserError(f"env.id={config.id}, env.backend={config.backend}: " + "; ".join(reasons))
 
