@@ -53,7 +53,7 @@ def test_update_minibatch(benchmark: BenchmarkFixture, microbatch: int) -> None:
     record = {"chain": torch.randn(rows, 11, 4, 3), "log_prob": torch.zeros(rows, 10)}
     batch = Batch({"state": torch.randn(rows, 1, OBS_DIM)}, record, *torch.randn(3, rows))
     pair = torch.randperm(rows * 10)
-    benchmark(algorithm.minibatch, batch, pair // 10, pair % 10, 0, torch.zeros(()))
+    benchmark(algorithm.minibatch, batch, pair // 10, pair % 10, 0, 0, torch.zeros(()))
 
 
 @pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
