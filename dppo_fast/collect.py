@@ -6,6 +6,7 @@ Writes ``train.npz`` and ``normalization.npz`` in the reference's formats, from 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from dppo_fast.types import UserError, require_ranges
 class CollectConfig:
     """``steps`` env steps at least, in whole episodes with a return in [min_return, max_return]; ``num_envs`` at once.
 
-    ``deterministic`` acts without the policy's exploration. ``max_steps`` bounds the recording itself where few
+    ``deterministic`` acts without the policy's exploration. Actions are recorded as commanded, before the simulator
+    bounds them, but for ``action_bound``, a bound on their size. ``max_steps`` bounds the recording itself where few
     episodes qualify.
     """
 
@@ -33,13 +35,15 @@ class CollectConfig:
     deterministic: bool = False
     min_return: float | None = None
     max_return: float | None = None
+    action_bound: float | None = None
     max_steps: int = 10_000_000
     device: str = "auto"
 
     def __post_init__(self) -> None:
         least = "-inf" if self.min_return is None else self.min_return
         positive = dict.fromkeys(("steps", "num_envs", "max_steps"), "[1, inf)")
-        require_ranges(self, "", {**positive, "seed": "[0, 4294967295]", "max_return": f"[{least}, inf]"})
+        ranges = {"seed": "[0, 4294967295]", "max_return": f"[{least}, inf]", "action_bound": "(0, inf)"}
+        require_ranges(self, "", {**positive, **ranges})
 
 
 def collect(config: CollectConfig) -> dict[str, float]:
@@ -61,6 +65,7 @@ def collect(config: CollectConfig) -> dict[str, float]:
         raise UserError(f"out={out} is not writable ({error.strerror}); choose another directory") from error
     loaded.policy.generator = torch.Generator(device).manual_seed(config.seed)
     chunk = loaded.config.task.act_steps
+    bound = math.inf if config.action_bound is None else config.action_bound
     env = loaded.make_env(config.num_envs, device, config.seed, act_steps=1)
     recorder = TrajectoryRecorder(config.num_envs)
     obs = env.reset()
@@ -83,7 +88,7 @@ def collect(config: CollectConfig) -> dict[str, float]:
             action = plan.gather(1, ages[:, None, None].expand(-1, 1, plan.shape[-1]))
             state = env.raw_obs["state"][:, -1]
             step = env.step(action)
-            raw = env.normalization.unnormalize_action(action[:, 0].cpu().numpy())
+            raw = env.normalization.unnormalize_action(action[:, 0].cpu().numpy()).clip(-bound, bound)
             ended = step.terminated | step.truncated
             valid = torch.ones_like(ended) if step.valid is None else step.valid
             reward, *flags = (x.cpu().numpy() for x in (step.reward, step.terminated, step.truncated, valid))
