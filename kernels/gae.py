@@ -11,14 +11,22 @@ For step t of one environment, with V = value:
     returns_t   = advantage_t + V_t
 
 All sums are in float64; T steps, N envs.
+
+Two kernels: one walks backwards through time, a program for a block of environments; the other takes many steps at a
+time and solves advantage_t = delta_t + decay_t advantage_{t+1} by a scan with the associative operation
+
+    (delta', decay') after (delta, decay) = (delta' + decay' delta, decay' decay)           Blelloch 1990
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dppo_fast.kernels._dispatch import Backend, check_tensor, resolve
+from dppo_fast.kernels._triton import jit, tl
 from dppo_fast.runtime.native import native
 
 FLOATS = (torch.float32, torch.float64)
@@ -73,6 +81,126 @@ def _gae_native(
     return advantage, returns
 
 
+@jit
+def _delta(  # type: ignore[no-untyped-def]
+    reward, value, bootstrap, last_value, terminated, truncated, t, n, inside, T: tl.constexpr, N, GAMMA: tl.constexpr
+):
+    """delta and V at steps t of environments n, and whether the episode ended there."""
+    i = t * N + n
+    v = tl.load(value + i, mask=inside, other=0.0).to(tl.float64)
+    following = tl.load(value + i + N, mask=inside & (t < T - 1), other=0.0).to(tl.float64)
+    last = tl.load(last_value + (i - t * N), mask=inside & (t == T - 1), other=0.0).to(tl.float64)
+    terminal = tl.load(terminated + i, mask=inside, other=0) != 0
+    cut = tl.load(truncated + i, mask=inside, other=0) != 0
+    beyond = tl.where(t == T - 1, last, following)
+    beyond = tl.where(cut, tl.load(bootstrap + i, mask=inside & cut, other=0.0).to(tl.float64), beyond)
+    delta = tl.load(reward + i, mask=inside, other=0.0).to(tl.float64) + GAMMA * tl.where(terminal, 0.0, beyond) - v
+    return delta, v, terminal | cut
+
+
+@jit
+def _sequential_kernel(  # type: ignore[no-untyped-def]
+    reward,
+    value,
+    bootstrap,
+    last_value,
+    terminated,
+    truncated,
+    advantage,
+    returns,
+    N,
+    T: tl.constexpr,
+    GAMMA: tl.constexpr,
+    DECAY: tl.constexpr,
+    ENVS: tl.constexpr,
+):
+    n = tl.program_id(0) * ENVS + tl.arange(0, ENVS)
+    inside = n < N
+    carry = tl.zeros([ENVS], tl.float64)
+    for i in range(T):
+        t = tl.zeros([ENVS], tl.int32) + (T - 1 - i)
+        delta, v, ended = _delta(reward, value, bootstrap, last_value, terminated, truncated, t, n, inside, T, N, GAMMA)
+        carry = tl.where(ended, delta, delta + DECAY * carry)
+        tl.store(advantage + t * N + n, carry, mask=inside)
+        tl.store(returns + t * N + n, carry + v, mask=inside)
+
+
+@jit
+def _after(delta_later, decay_later, delta, decay):  # type: ignore[no-untyped-def]
+    """An episode's end, decay = 0, keeps out even what is not finite."""
+    return tl.where(decay == 0.0, delta, delta + decay * delta_later), decay * decay_later
+
+
+@jit
+def _scan_kernel(  # type: ignore[no-untyped-def]
+    reward,
+    value,
+    bootstrap,
+    last_value,
+    terminated,
+    truncated,
+    advantage,
+    returns,
+    N,
+    T: tl.constexpr,
+    GAMMA: tl.constexpr,
+    DECAY: tl.constexpr,
+    ENVS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    n = (tl.program_id(0) * ENVS + tl.arange(0, ENVS))[None, :]
+    carry = tl.zeros([1, ENVS], tl.float64)
+    for i in range((T + STEPS - 1) // STEPS):
+        t = ((T - 1) // STEPS - i) * STEPS + tl.arange(0, STEPS)[:, None]
+        inside = (t < T) & (n < N)
+        delta, v, ended = _delta(reward, value, bootstrap, last_value, terminated, truncated, t, n, inside, T, N, GAMMA)
+        decay = tl.where(ended, 0.0, tl.full([STEPS, ENVS], DECAY, tl.float64))
+        sums, decays = tl.associative_scan((delta, decay), 0, _after, reverse=True)
+        sums, _ = _after(carry, 0.0, sums, decays)
+        carry = tl.sum(tl.where(tl.arange(0, STEPS)[:, None] == 0, sums, 0.0), 0, keep_dims=True)
+        tl.store(advantage + t * N + n, sums, mask=inside)
+        tl.store(returns + t * N + n, sums + v, mask=inside)
+
+
+class Launch(NamedTuple):
+    """Environments and, of the scan, steps that a program takes at a time; STEPS = 0 walks through time."""
+
+    ENVS: int
+    STEPS: int
+    num_warps: int
+
+
+def _launch_config(T: int, N: int) -> Launch:
+    """Walk through short rollouts and very many environments; of few, a long walk would wait for memory T times."""
+    if T <= 16 or N >= 2**15:
+        return Launch(ENVS=32, STEPS=0, num_warps=1)
+    return Launch(ENVS=8, STEPS=min(128, 1 << (T - 1).bit_length()), num_warps=4)
+
+
+def _gae_triton(
+    reward: Tensor,
+    value: Tensor,
+    bootstrap: Tensor,
+    last_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    T, N = reward.shape
+    advantage, returns = torch.empty(2, T, N, dtype=value.dtype, device=value.device)
+    launch = _launch_config(T, N)
+    sizes = {"T": T, "GAMMA": gamma, "DECAY": gamma * lam, "ENVS": launch.ENVS, "num_warps": launch.num_warps}
+    if launch.STEPS:
+        kernel, sizes = _scan_kernel, sizes | {"STEPS": launch.STEPS}
+    else:
+        kernel = _sequential_kernel
+    flags = (flag.contiguous().view(torch.uint8) for flag in (terminated, truncated))
+    floats = (x.contiguous() for x in (reward, value, bootstrap, last_value))
+    kernel[(-(-N // launch.ENVS),)](*floats, *flags, advantage, returns, N, **sizes)
+    return advantage, returns
+
+
 @torch.no_grad()
 def gae(
     reward: Tensor,
@@ -105,6 +233,6 @@ def gae(
     check_tensor("gae", "last_value", last_value, shape[1:], FLOATS, device)
     for name, tensor in {"terminated": terminated, "truncated": truncated}.items():
         check_tensor("gae", name, tensor, shape, (torch.bool,), device)
-    chosen = resolve("gae", device, ("reference", "native"), backend)
-    run = _gae_native if chosen == "native" else gae_reference
+    chosen = resolve("gae", device, ("reference", "triton", "native"), backend)
+    run = {"reference": gae_reference, "triton": _gae_triton, "native": _gae_native}[chosen]
     return run(reward, value, bootstrap, last_value, terminated, truncated, gamma, lam)

@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dppo_fast.kernels.gae import gae
+from dppo_fast.kernels import gae as module
+from dppo_fast.kernels.gae import Launch, gae
 from dppo_fast.runtime.native import native
 from tests.golden_files import Case, golden_cases
 
-BACKENDS = ["reference"] if native() is None else ["reference", "native"]
+QUICK = ["reference"] if native() is None else ["reference", "native"]
+BACKENDS = [*QUICK, "triton"]
 FLOATS = [torch.float32, torch.float64]
 needs_native = pytest.mark.skipif(native() is None, reason="the C++ extension is not built")
 
@@ -58,7 +61,7 @@ def advantage_by_definition(rollout: dict[str, Tensor], gamma: float, lam: float
     return math.fsum(terms)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK)
 @given(rollout=rollouts, gamma=fractions, lam=fractions)
 def test_is_the_sum_of_discounted_deltas(backend: Any, rollout: dict[str, Tensor], gamma: float, lam: float) -> None:
     advantage, returns = gae(**rollout, gamma=gamma, lam=lam, backend=backend)
@@ -69,6 +72,47 @@ def test_is_the_sum_of_discounted_deltas(backend: Any, rollout: dict[str, Tensor
     torch.testing.assert_close(advantage.double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(returns.double(), expected + rollout["value"].double(), rtol=tolerance, atol=tolerance)
     assert advantage.dtype == returns.dtype == rollout["value"].dtype
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 16], ids=lambda steps: f"scan{steps}" if steps else "walk")
+@settings(max_examples=8)
+@given(rollout=rollouts, gamma=st.floats(0.01, 1.0), lam=st.floats(0.01, 1.0))
+def test_both_kernels_are_the_reference(steps: int, rollout: dict[str, Tensor], gamma: float, lam: float) -> None:
+    expected = gae(**rollout, gamma=gamma, lam=lam, backend="reference")
+    with patch.object(module, "_launch_config", lambda T, N: Launch(ENVS=4, STEPS=steps, num_warps=1)):
+        actual = gae(**rollout, gamma=gamma, lam=lam, backend="triton")
+    for ours, exact in zip(actual, expected, strict=True):
+        tolerance = {torch.float32: 1e-6, torch.float64: 1e-13}[exact.dtype]
+        torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("flag", ["terminated", "truncated"])
+def test_not_even_nan_passes_an_episode_end_in_either_kernel(steps: int, flag: str) -> None:
+    rollout = random_rollout(0, ends=0.0)
+    rollout[flag][3] = True
+    rollout["reward"][4:] = rollout["value"][4:] = rollout["bootstrap"][:3] = torch.nan
+    with patch.object(module, "_launch_config", lambda T, N: Launch(ENVS=4, STEPS=steps, num_warps=1)):
+        advantage, _ = gae(**rollout, gamma=0.9, lam=0.9, backend="triton")
+    assert not advantage[:4].isnan().any()
+    assert advantage[4:].isnan().all()
+
+
+@pytest.mark.parametrize("steps", [7, 20])
+def test_kernels_write_all_of_their_outputs(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = random_rollout(1, steps=steps, envs=33)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+    assert not any(result.isnan().any() for result in gae(**rollout, gamma=0.9, lam=0.9, backend="triton"))
+
+
+def test_launches_fit_the_shape() -> None:
+    """The scan where there are steps enough, in powers of two; whole warps."""
+    for T, N in ((1, 1), (16, 4096), (17, 40), (500, 40), (88, 1000), (500, 2**15)):
+        launch = module._launch_config(T, N)
+        assert (launch.STEPS > 0) == (T > 16 and N < 2**15)
+        assert launch.STEPS & (launch.STEPS - 1) == 0
+        assert launch.ENVS * max(launch.STEPS, 1) >= 32 * launch.num_warps
 
 
 @needs_native
