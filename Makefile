@@ -40,10 +40,10 @@ lint: venv ## check style and formatting
 	$(PY) -m ruff format --check
 
 types: venv ## check types
-	$(PY) -m mypy --strict dppo_fast
+	$(PY) -m mypy --strict dppo_fast benchmarks
 
-bench: venv ## run the microbenchmarks
-	$(PY) -m pytest benchmarks --benchmark-only -q $(ARGS)
+bench: venv ## run the microbenchmarks on the CPU (with a GPU, for CSV: python -m benchmarks.run)
+	$(PY) -m pytest benchmarks/test_ops.py --benchmark-only -q $(ARGS)
 
 clean: ## remove build outputs and caches, keep .venv
 	rm -rf build dist *.egg-info dppo_fast/_native*.so .venv/.installed-*

@@ -15,7 +15,7 @@ import pytest
 from dppo_fast.runtime.native import native
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ["benchmarks", "cfg", "csrc", "dppo_fast", "kernels", "tests"]
+FOLDERS = ["benchmarks", "cfg", "csrc", "docs", "dppo_fast", "kernels", "tests"]
 FILES = ["CMakeLists.txt", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt"]
 FILES += ["pyproject.toml", "setup.py"]
 BUILT = native() is not None
