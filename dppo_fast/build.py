@@ -32,8 +32,10 @@ from dppo_fast.policies.base import Policy
 from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from dppo_fast.policies.gaussian import GaussianConfig, GaussianPolicy
 from dppo_fast.rollout import Collector, EpisodeStatistics
+from dppo_fast.runtime.graph import use_graphs
+from dppo_fast.runtime.precision import pick_recipe
 from dppo_fast.trainer import TrainConfig, Trainer
-from dppo_fast.types import ObsShapes, UserError, require_ranges
+from dppo_fast.types import NoiseStream, ObsShapes, UserError, require_ranges
 
 NETWORKS: dict[str, type[nn.Module]] = {"diffusion_mlp": DiffusionMLP, "gaussian_mlp": GaussianMLP}
 CRITICS: dict[str, type[nn.Module]] = {"mlp": CriticObs}
@@ -89,17 +91,19 @@ class DataNode:
 
 @dataclass
 class LogConfig:
-    """``live=None`` asks the terminal; ``wandb`` holds arguments of ``wandb.init``; ``profile`` is nvtx or None."""
+    """``live=None`` asks the terminal; ``wandb`` holds arguments of ``wandb.init``."""
 
     live: bool | None = None
     tensorboard: bool = True
     wandb: dict[str, Any] | None = None
-    profile: str | None = None
 
 
 @dataclass
 class RunConfig:
-    """The top level of every configuration."""
+    """The top level of every configuration.
+
+    ``profile`` is nvtx, torch or None; with torch the ``profile_iterations`` are traced.
+    """
 
     seed: int = 42
     device: str = "auto"
@@ -108,6 +112,10 @@ class RunConfig:
     resume_from: str = "latest"
     compat: str | None = None
     num_threads: int = 0
+    graphs: str = "auto"
+    precision: str = "auto"
+    profile: str | None = None
+    profile_iterations: list[int] = field(default_factory=lambda: [2])
     task: TaskConfig = field(default_factory=TaskConfig)
     env: dict[str, Any] | None = None
     policy: PolicyNode = field(default_factory=PolicyNode)
@@ -267,7 +275,7 @@ def _build_offline(
         raise UserError(f"policy.options.ft_denoising_steps={policy.ft_steps} is for fine-tuning; pre-training needs 0")
     policy.generator = generator
     algorithm = BehaviourCloning(policy, bc, dataset)
-    algorithm.generator = algorithm.actor.generator = generator
+    algorithm.generator = generator
     evaluator = normalization = None
     if config.env is not None:
         env = make_env(env_config(config, num_envs=1), device, config.seed)
@@ -305,11 +313,18 @@ def _build_online(
             f"algorithm.batch_size={options.batch_size} is larger than the {pairs} pairs of one iteration "
             f"(train.n_steps={train.n_steps} x env.num_envs={env.num_envs} x {policy.decisions} scored parts)"
         )
-    policy.generator = generator
+    policy.generator, policy.noise = generator, NoiseStream(config.seed)
+    graphs = use_graphs(config.graphs, device)
+    recipe = pick_recipe(config.precision, device)
+    if isinstance(policy, DiffusionPolicy):
+        policy.sampler.enabled = graphs
+        policy.recipe = recipe
     critic = _build_critic(config, env.obs_shapes, config.seed + 1).to(device)
     buffer = RolloutBuffer(train.n_steps, env.num_envs, device)
     algorithm = cls(policy, critic, options, buffer, bootstrap_truncated=not reference)
     algorithm.generator = generator
+    algorithm.recipe = recipe
+    algorithm.learn.enabled = graphs and not options.use_bc_loss  # whose draws a graph would repeat
     task = config.task
     statistics = EpisodeStatistics(
         env.num_envs, env.act_steps, task.best_reward_threshold_for_success, task.sparse_reward, whole_only=reference

@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from dppo_fast.cli import command_main
-from dppo_fast.types import UserError, require_ranges
+from dppo_fast.types import NoiseStream, UserError, require_ranges
 
 
 @dataclass
@@ -63,7 +63,7 @@ def collect(config: CollectConfig) -> dict[str, float]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out={out} is not writable ({error.strerror}); choose another directory") from error
-    loaded.policy.generator = torch.Generator(device).manual_seed(config.seed)
+    loaded.policy.noise = NoiseStream(config.seed)
     chunk = loaded.config.task.act_steps
     bound = math.inf if config.action_bound is None else config.action_bound
     env = loaded.make_env(config.num_envs, device, config.seed, act_steps=1)

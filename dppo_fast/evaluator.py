@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from dppo_fast.types import Actor, VecEnv
+from dppo_fast.types import Actor, NoiseStream, VecEnv
 
 
 class Evaluator:
     """Runs one episode in each env that ``make_env`` builds, always from the same seed.
 
-    The actor's random numbers come from that seed as well, so evaluations are comparable with each other and leave the
-    training's random stream alone. Success is an episode's best chunk reward per env step (``sparse_reward``: its
+    The actor's noise comes from that seed as well, so evaluations are comparable with each other and leave the
+    training's noise alone. Success is an episode's best chunk reward per env step (``sparse_reward``: its
     return) reaching ``success_threshold``.
     """
 
@@ -34,11 +33,11 @@ class Evaluator:
 
     def evaluate(self, actor: Actor) -> dict[str, float]:
         """Statistics over all envs' first episodes, lengths in env steps."""
-        training_generator = actor.generator
+        training_noise = actor.noise
         env = self.make_env()
         try:
             obs = env.reset(self.seed)
-            actor.generator = torch.Generator(obs["state"].device).manual_seed(self.seed)
+            actor.noise = NoiseStream(self.seed)
             returns, best = np.zeros(env.num_envs), np.full(env.num_envs, -np.inf)
             chunks, running = np.zeros(env.num_envs), np.ones(env.num_envs, dtype=np.bool_)
             while running.any():
@@ -50,7 +49,7 @@ class Evaluator:
                 chunks += running
                 running &= ~(step.terminated | step.truncated).cpu().numpy()
         finally:
-            actor.generator = training_generator
+            actor.noise = training_noise
             env.close()
         score = returns if self.sparse_reward else best / env.act_steps
         return {

@@ -46,10 +46,6 @@ class CosineWarmup:
         self.steps = 0
         self._apply(config.min_lr)
 
-    @property
-    def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
     def step(self) -> None:
         self.steps += 1
         c = self.config
@@ -68,15 +64,19 @@ class CosineWarmup:
         self._apply(float(state["lr"]))
 
     def _apply(self, lr: float) -> None:
+        self.lr = lr
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
 
 class Trainable:
     """Some parameters with their AdamW, learning-rate schedule and optional gradient clipping.
 
     ``step(skip)`` leaves parameters and moments untouched where the 0-d float tensor ``skip`` is 1, without the host
-    having to know.
+    having to know. On CUDA the learning rate is a tensor, so that a step can be captured in a graph.
     """
 
     def __init__(
@@ -88,7 +88,10 @@ class Trainable:
         max_grad_norm: float | None = None,
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.optimizer = AdamW(self.parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        device = self.parameters[0].device
+        cuda = device.type == "cuda"
+        rate = torch.tensor(lr, device=device) if cuda else lr
+        self.optimizer = AdamW(self.parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=cuda)
         self.schedule = CosineWarmup(self.optimizer, lr, schedule)
         self.max_grad_norm = max_grad_norm
 

@@ -29,13 +29,13 @@ def train(node: DictConfig) -> None:
     from dppo_fast.log import RunLog, print_summary, read_metrics
     from dppo_fast.plot import learning_curve
     from dppo_fast.runtime.files import atomic_write
-    from dppo_fast.runtime.profile import set_profile
+    from dppo_fast.runtime.profile import set_profile, tracing
     from dppo_fast.trainer import TrainingDiverged
 
     content = plain(node)
     config = parse(content)
     settings = config.log
-    set_profile(settings.profile)
+    set_profile(config.profile)
     run = Path(config.resume or config.logdir)
     content |= {"resume": None, "resume_from": "latest", "logdir": str(run)}
     if config.resume is None and (run / "config.yaml").exists():
@@ -44,7 +44,11 @@ def train(node: DictConfig) -> None:
     if config.resume is not None and checkpoints(run):
         trainer.restore(find(run, config.resume_from))
     first_row = None if config.resume is None else trainer.next_row
-    with RunLog(run, config.train.n_train_itr, first_row, settings.live, settings.tensorboard, settings.wandb) as log:
+    traced = config.profile_iterations if config.profile == "torch" else []
+    with (
+        RunLog(run, config.train.n_train_itr, first_row, settings.live, settings.tensorboard, settings.wandb) as log,
+        tracing(trainer.timer, run / "trace", traced, trainer.next_row),
+    ):
         with atomic_write(run / "config.yaml") as file:
             file.write(OmegaConf.to_yaml(OmegaConf.create(content)).encode())
         try:

@@ -17,7 +17,10 @@ from dppo_fast.evaluator import Evaluator
 from dppo_fast.log import RunLog
 from dppo_fast.rollout import Collector
 from dppo_fast.runtime.profile import PhaseTimer
-from dppo_fast.types import Metrics, require_ranges
+from dppo_fast.types import Metrics, NoiseStream, require_ranges
+
+HEALTHY_CLIP_FRACTION = 0.01
+"""Of the first minibatch, whose ratios are 1 but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Trainer:
         interface: Callable[[], Mapping[str, Any]] = dict,
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
-        """``generator`` is the source of all randomness in the algorithm and its actor; ``interface`` gives what
-        else a checkpoint should hold for those who only use the policy.
+        """``generator`` is the source of all randomness in the algorithm; ``interface`` gives what else a checkpoint
+        should hold for those who only use the policy.
         """
         self.algorithm = algorithm
         self.config = config
@@ -122,6 +125,11 @@ class Trainer:
             with log.phase("update"), self.timer("update"):
                 row |= _read(self.algorithm.update(i))
             self._require_finite(row)
+            if row.get("ppo/first_clip_fraction", 0) > HEALTHY_CLIP_FRACTION:
+                log.warn(
+                    f"iteration {i + 1}: {row['ppo/first_clip_fraction']:.1%} of the first minibatch is clipped before "
+                    "any step, so sampling and update compute different log-probs; try precision=fp32"
+                )
         self.algorithm.step_schedules(i)
         self.iteration += 1
         last = self.iteration == config.n_train_itr
@@ -166,6 +174,7 @@ class Trainer:
         state = {
             "env_steps": self.env_steps,
             "generator": self.generator.get_state(),
+            "noise": vars(self.algorithm.actor.noise),
             "algorithm": self.algorithm.state_dict(),
             "collector": None if self.collector is None else self.collector.state_dict(),
             "interface": self.interface(),
@@ -185,6 +194,7 @@ class Trainer:
         try:
             self.env_steps = int(state["env_steps"])
             self.generator.set_state(state["generator"])
+            self.algorithm.actor.noise = NoiseStream(**state["noise"])
             if self.collector is not None:
                 self.collector.load_state_dict(state["collector"])
             self.algorithm.load_state_dict(state["algorithm"])

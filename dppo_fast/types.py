@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 Obs: TypeAlias = dict[str, Tensor]
@@ -103,9 +102,19 @@ class VecEnv(Protocol):
     def close(self) -> None: ...
 
 
-class Actor(Protocol):
-    """What the collector and the evaluator drive; ``generator`` is the source of its random numbers."""
+@dataclass
+class NoiseStream:
+    """Where an actor's noise comes from. What env n gets for its decision number ``step`` follows from ``seed``, n and
+    ``step`` alone (`dppo_fast.kernels.philox`).
+    """
 
-    generator: torch.Generator | None
+    seed: int
+    step: int = 0
+
+
+class Actor(Protocol):
+    """What the collector and the evaluator drive."""
+
+    noise: NoiseStream
 
     def act(self, obs: Obs, deterministic: bool = False) -> Act: ...

@@ -19,7 +19,7 @@ from dppo_fast.policies.base import Policy
 from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from dppo_fast.policies.gaussian import GaussianConfig, GaussianPolicy
 from dppo_fast.rollout import Collector, EpisodeStatistics
-from dppo_fast.types import Actor, Obs, Step, VecEnv
+from dppo_fast.types import Actor, NoiseStream, Obs, Step, VecEnv
 from tests.envs.toy import ToySimulator, chunk_env
 
 OBS_SHAPE = (2, 3)
@@ -46,7 +46,7 @@ def diffusion_policy(
         policy = DiffusionPolicy(actor, config, HORIZON, ACTION_DIM, eta)
         if policy.actor_ft is not None:
             perturb(policy.actor_ft, 0.1)
-    policy.generator = seeded(1)
+    policy.generator, policy.noise = seeded(1), NoiseStream(2)
     return policy
 
 
@@ -55,7 +55,7 @@ def gaussian_policy(network: type[GaussianMLP] = GaussianMLP, **options: Any) ->
         torch.manual_seed(0)
         actor = network(ACTION_DIM, HORIZON, cond_dim=6, mlp_dims=(16, 16), **{"fixed_std": 0.3, **options})
         policy = GaussianPolicy(actor, GaussianConfig(), HORIZON, ACTION_DIM)
-    policy.generator = seeded(1)
+    policy.generator, policy.noise = seeded(1), NoiseStream(2)
     return policy
 
 

@@ -165,7 +165,11 @@ def test_arguments(
         (FINETUNE, "algorithm.name=bc", "algorithm.[a-z_]* is unknown"),
         (FINETUNE, "compat=v1", "compat=v1 is unknown"),
         (FINETUNE, "resume_from=first", "resume_from=first is unknown"),
-        (FINETUNE, "log.profile=perf", "profile=perf"),
+        (FINETUNE, "profile=perf", "profile=perf"),
+        (FINETUNE, "graphs=yes", "graphs=yes is unknown; choose auto, on, off"),
+        (FINETUNE, "graphs=on device=cpu", "graphs=on: CUDA graphs need a CUDA device"),
+        (FINETUNE, "precision=fp8", "precision=fp8 is unknown"),
+        (FINETUNE, "precision=tf32 device=cpu", "precision=tf32 needs a CUDA device"),
         # ranges
         (FINETUNE, "algorithm.gamma=0", r"algorithm.gamma=0.0 must lie in \(0, 1\]"),
         (FINETUNE, "algorithm.gamma=1.01", "algorithm.gamma=1.01 must lie in"),

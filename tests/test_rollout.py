@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dppo_fast.buffer import RolloutBuffer
 from dppo_fast.rollout import Collector, EpisodeStatistics
-from dppo_fast.types import Act, Obs, Step
+from dppo_fast.types import Act, NoiseStream, Obs, Step
 
 Rewards = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -130,9 +130,8 @@ class CountingEnv:
 class EchoActor:
     """Acts with what it sees, over a longer horizon than the environment executes; its memory is one tensor."""
 
-    generator: torch.Generator | None = None
-
     def __init__(self) -> None:
+        self.noise = NoiseStream(0)
         self.memory = torch.zeros(3, 1)
 
     def act(self, obs: Obs, deterministic: bool = False) -> Act:

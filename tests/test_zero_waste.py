@@ -23,7 +23,7 @@ DDIM = {"denoising_steps": 20, "ddim_steps": S}
 
 
 class CountingMLP(DiffusionMLP):
-    """Counts its calls and the rows it denoised; a copy counts for itself."""
+    """Counts its calls and the rows it denoised, step by step; a copy counts for itself."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,6 +41,9 @@ class CountingMLP(DiffusionMLP):
         self.calls["denoise"] += 1
         self.calls["rows"] += len(x)
         return super().denoise(x, time, obs)
+
+    def step(self) -> None:
+        return None
 
 
 class CountingGaussian(GaussianMLP):
@@ -70,7 +73,7 @@ def test_a_chain_evaluates_each_network_on_its_own_steps_only(
 
 def test_a_chain_of_the_base_policy_is_one_segment() -> None:
     policy = diffusion_policy(network=CountingMLP)
-    policy.sample(observations(3), policy.draw_noise(3), base_policy=True)
+    policy.sample(observations(3), policy.draw_noise(3, S + 1), base_policy=True)
     assert policy.actor.calls == {"denoise": S, "rows": 3 * S, "time_rows": S, "encode_obs": 1}
     assert not policy.actor_ft.calls
 
@@ -192,7 +195,10 @@ CLIPS = {"eps_clip_value": 1.0, "final_action_clip_value": 1.0}
         ),
     ],
 )
-def test_no_waiting_inside_a_chain(make: Callable[[], Any], deterministic: bool) -> None:
+def test_no_waiting_inside_a_chain(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], deterministic: bool
+) -> None:
+    monkeypatch.setenv("DPPO_FAST_BACKEND", "reference")  # the C++ ops are for the CPU
     policy, obs = make(), observations(3)
     with no_host_sync():
         policy.act(obs, deterministic)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dppo_fast.algorithms.ppo import PPO, PPOConfig
 from dppo_fast.buffer import RolloutBuffer
+from dppo_fast.kernels.ppo_loss import PolicyLoss, chain_ppo_loss, ppo_loss
 from dppo_fast.optim import LRConfig, Trainable
 from dppo_fast.policies.diffusion import DiffusionPolicy
-from dppo_fast.types import require_ranges
+from dppo_fast.types import Obs, Record, require_ranges
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,32 @@ class DPPO(PPO):
             )
         self._build_tables()
 
-    def clip_range(self, k: Tensor) -> Tensor:
-        return self.clip_table[k]
+    def policy_loss(self, obs: Obs, part: Record, k: Tensor, old_log_prob: Tensor, advantage: Tensor) -> PolicyLoss:
+        """One pass over the transitions where all of them share a schedule, which learned etas give up."""
+        policy = self.policy
+        if policy.eta_of(obs) is not None:
+            log_prob = policy.log_prob(obs, part, k)
+            return ppo_loss(log_prob, old_log_prob, advantage * self.discount_table[k], self.clip_table[k])
+        return chain_ppo_loss(
+            policy.predict(obs, part["x"], k),
+            part["x"],
+            part["x_next"],
+            old_log_prob,
+            advantage,
+            k,
+            policy.schedule.table[policy.first_ft_step :],
+            self.clip_table,
+            self.discount_table,
+            policy.min_log_prob_std,
+            policy.reward_horizon,
+            policy.clips.x0,
+            policy.clips.eps,
+        )
 
-    def advantage_weight(self, k: Tensor) -> Tensor:
-        return self.discount_table[k]
-
-    def optimize(self, iteration: int, index: int, stop: Tensor) -> None:
-        super().optimize(iteration, index, stop)
-        due = iteration >= self.config.n_critic_warmup_itr and index % self.config.eta_update_interval == 0
-        if "eta" in self.trainables and due:
-            self.trainables["eta"].step(stop)
+    def due(self, iteration: int, index: int) -> tuple[str, ...]:
+        due = super().due(iteration, index)
+        eta = "eta" in self.trainables and "actor" in due and index % self.config.eta_update_interval == 0
+        return (*due, "eta") if eta else due
 
     def step_schedules(self, iteration: int) -> None:
         super().step_schedules(iteration)
@@ -107,9 +123,11 @@ class DPPO(PPO):
         if c.min_sampling_denoising_std_final is not None:
             share = min((iteration + 1) / max(c.min_sampling_denoising_std_iterations, 1), 1.0)
             start = self.initial_min_sampling_std
-            policy.min_sampling_std = start + (c.min_sampling_denoising_std_final - start) * share
+            policy.set_min_sampling_std(start + (c.min_sampling_denoising_std_final - start) * share)
 
     def _build_tables(self) -> None:
+        self.batch = None
+        self.learn.forget()
         c, F = self.config, self.policy.ft_steps
         k = torch.arange(F, device=self.device)
         self.discount_table = c.gamma_denoising ** (F - 1 - k).float()

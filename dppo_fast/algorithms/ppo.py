@@ -6,7 +6,7 @@ is F. Minibatches draw (decision, part) pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from dppo_fast.advantage import estimate_advantages, normalize_advantage
 from dppo_fast.algorithms.base import Algorithm
 from dppo_fast.buffer import RolloutBuffer
-from dppo_fast.kernels.ppo_loss import ppo_loss, value_loss
+from dppo_fast.kernels.ppo_loss import PolicyLoss, ppo_loss, value_loss
 from dppo_fast.kernels.reward_scaling import RewardScaler
 from dppo_fast.optim import LRConfig, Trainable
 from dppo_fast.policies.base import Policy
+from dppo_fast.runtime.graph import GraphedFunction
+from dppo_fast.runtime.precision import RECIPES, matmul_precision
 from dppo_fast.types import Metrics, Obs, Record, require_ranges
 
 CPU_MICROBATCH = 1024
@@ -98,6 +100,20 @@ class Batch(NamedTuple):
     value: Tensor
 
 
+def _refill(static: Batch | None, fresh: Batch) -> Batch:
+    """``fresh`` at the addresses of ``static``, where a graph looks for it."""
+    if static is None:
+        return fresh
+    for old, new in zip(_tensors(static), _tensors(fresh), strict=True):
+        if old.data_ptr() != new.data_ptr():
+            old.copy_(new)
+    return static
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [*batch.obs.values(), *batch.record.values(), batch.advantage, batch.returns, batch.value]
+
+
 class PPO(Algorithm):
     """PPO with a state-value critic.
 
@@ -123,6 +139,10 @@ class PPO(Algorithm):
         self.permutation: Callable[[int], Tensor] = self._permutation
         self.stop_on_host = self.device.type == "cpu"
         self.clip = torch.tensor(config.clip_ploss_coef, device=self.device)
+        self.batch: Batch | None = None
+        self.metric_names: tuple[str, ...] = ()
+        self.recipe = RECIPES["fp32"]
+        self.learn = GraphedFunction(self._learn, idle={"stop": 1.0})
         c = config
         self.trainables: dict[str, Trainable] = {
             "actor": Trainable(
@@ -141,45 +161,50 @@ class PPO(Algorithm):
         the remaining minibatches run, and a flag on the device turns their optimizer steps off.
         """
         c = self.config
-        batch = self._prepare()
+        batch = self.batch = _refill(self.batch, self._prepare()) if self.learn.enabled else self._prepare()
         rows = self._learnable_rows()
         parts = self.policy.decisions
         pairs = len(rows) * parts
         stop = torch.zeros((), device=self.device)
-        totals: dict[str, Tensor] = {}
-        count = torch.zeros((), device=self.device)
-        first: dict[str, Tensor] = {}
+        first, total, count = None, torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for _ in range(c.update_epochs):
             order = self.permutation(pairs)
             for index, start in enumerate(range(0, max(pairs - c.batch_size, 0) + 1, c.batch_size)):
                 pair = order[start : start + c.batch_size]
-                metrics = self.minibatch(batch, rows[pair // parts], pair % parts, iteration, index, stop)
-                first = first or metrics
-                for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0) + value * (1 - stop)
+                inputs = {"row": rows[pair // parts], "k": pair % parts, "stop": stop}
+                values = self.learn(inputs, self.due(iteration, index))
+                first = values.clone() if first is None else first
+                total = total + values * (1 - stop)
                 count = count + (1 - stop)
                 if c.target_kl is not None:
-                    stop = torch.maximum(stop, (metrics["ppo/approx_kl"] > c.target_kl).float())
+                    approx_kl = values[self.metric_names.index("ppo/approx_kl")]
+                    stop = torch.maximum(stop, (approx_kl > c.target_kl).float())
                     if self.stop_on_host and stop:
                         break
             if self.stop_on_host and stop:
                 break
         self.after_update(iteration)
+        assert first is not None
         return {
-            **{name: total / count for name, total in totals.items()},
-            "ppo/first_clip_fraction": first["ppo/clip_fraction"],
+            **dict(zip(self.metric_names, (total / count).unbind(), strict=True)),
+            "ppo/first_clip_fraction": first[self.metric_names.index("ppo/clip_fraction")],
             "ppo/minibatches": count,
             "critic/explained_variance": 1 - (batch.returns - batch.value).var() / batch.returns.var(),
             "critic/value": batch.value.mean(),
             **{f"lr/{name}": trainable.schedule.lr for name, trainable in self.trainables.items()},
         }
 
-    def minibatch(
-        self, batch: Batch, row: Tensor, k: Tensor, iteration: int, index: int, stop: Tensor
-    ) -> dict[str, Tensor]:
-        """One optimizer step on pairs (``row``, ``k``), each [B]; a ``stop`` of 1 leaves all parameters alone.
+    def _learn(self, inputs: Mapping[str, Tensor], due: tuple[str, ...]) -> Tensor:
+        """A minibatch of ``self.batch`` and its metrics, in the order of ``metric_names``."""
+        assert self.batch is not None
+        with matmul_precision(self.recipe.trained):
+            metrics = self.minibatch(self.batch, inputs["row"], inputs["k"], due, inputs["stop"])
+        self.metric_names = tuple(metrics)
+        return torch.stack(list(metrics.values()))
 
-        ``index`` counts the minibatches of an epoch.
+    def minibatch(self, batch: Batch, row: Tensor, k: Tensor, due: tuple[str, ...], stop: Tensor) -> dict[str, Tensor]:
+        """One step of the optimizers ``due`` on pairs (``row``, ``k``), each [B]; a ``stop`` of 1 leaves all parameters
+        alone.
         """
         c = self.config
         advantage = normalize_advantage(
@@ -195,17 +220,16 @@ class PPO(Algorithm):
             (loss * share).backward()  # type: ignore[no-untyped-call]
             for name, value in piece.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() * share
-        self.optimize(iteration, index, stop)
+        for name in due:
+            self.trainables[name].step(stop)
         return metrics
 
     def loss(self, batch: Batch, row: Tensor, k: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss of pairs (``row``, ``k``) and its parts, all means over the pairs."""
         c = self.config
         obs = {name: value[row] for name, value in batch.obs.items()}
-        log_prob = self.policy.log_prob(obs, self.policy.select(batch.record, row, k), k)
-        clip, weight = self.clip_range(k), self.advantage_weight(k)
-        old_log_prob = batch.record["log_prob"][row, k]
-        policy = ppo_loss(log_prob, old_log_prob, advantage if weight is None else advantage * weight, clip)
+        part = self.policy.select(batch.record, row, k)
+        policy = self.policy_loss(obs, part, k, batch.record["log_prob"][row, k], advantage)
         value = value_loss(self.critic(obs), batch.returns[row], batch.value[row], c.clip_vloss_coef)
         loss = policy.loss + c.vf_coef * value
         metrics = {
@@ -225,19 +249,13 @@ class PPO(Algorithm):
             metrics["loss/bc"] = bc
         return loss, metrics
 
-    def clip_range(self, k: Tensor) -> Tensor:
-        """The ratio's clip range for parts ``k`` [B]; 0-d or [B]."""
-        return self.clip
+    def policy_loss(self, obs: Obs, part: Record, k: Tensor, old_log_prob: Tensor, advantage: Tensor) -> PolicyLoss:
+        """The clipped objective of selected parts ``k`` [B] with normalised advantages."""
+        return ppo_loss(self.policy.log_prob(obs, part, k), old_log_prob, advantage, self.clip)
 
-    def advantage_weight(self, k: Tensor) -> Tensor | None:
-        """What multiplies the normalised advantage of parts ``k``."""
-        return None
-
-    def optimize(self, iteration: int, index: int, stop: Tensor) -> None:
-        """Step the critic, and after its warm-up the actor."""
-        if iteration >= self.config.n_critic_warmup_itr:
-            self.trainables["actor"].step(stop)
-        self.trainables["critic"].step(stop)
+    def due(self, iteration: int, index: int) -> tuple[str, ...]:
+        """Who takes a step in minibatch ``index`` of an epoch: the critic, and after its warm-up the actor."""
+        return ("actor", "critic") if iteration >= self.config.n_critic_warmup_itr else ("critic",)
 
     def after_update(self, iteration: int) -> None:
         """A hook at the end of every update."""

@@ -1,12 +1,11 @@
-"""Losses and log-densities that score given actions or chains with a denoising network."""
+"""What a denoising network predicts for given actions or chains."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from dppo_fast.diffusion.sampler import Clips, DenoisingNetwork
+from dppo_fast.diffusion.sampler import DenoisingNetwork
 from dppo_fast.diffusion.schedule import NoiseSchedule
-from dppo_fast.kernels.denoise_step import gaussian_log_density, posterior_mean
 from dppo_fast.types import Obs
 
 
@@ -28,24 +27,12 @@ def denoising_loss(
     return (prediction - (noise if predict_epsilon else action)).square().mean()
 
 
-def transition_log_density(
-    network: DenoisingNetwork,
-    schedule: NoiseSchedule,
-    obs: Obs,
-    x: Tensor,
-    x_next: Tensor,
-    k: Tensor,
-    first: int,
-    min_std: float | Tensor,
-    clips: Clips,
-    eta: Tensor | None = None,
+def predict(
+    network: DenoisingNetwork, schedule: NoiseSchedule, obs: Obs, x: Tensor, k: Tensor, first: int = 0
 ) -> Tensor:
-    """Elementwise log-density [B, Th, Da] of the transitions x -> x_next at steps ``first + k``, always stochastic.
+    """The network's output [B, Th, Da] at ``x`` and steps ``first + k``.
 
     ``k`` [B] counts the network's own steps, which start at ``first`` in the order of sampling.
     """
     times = network.time_table(schedule.timesteps[first:])
-    eps = network.denoise(x, times[k], network.encode_obs(obs))
-    row = schedule.coefficients(first + k, eta=eta)
-    mean = posterior_mean(eps, x, row, clips.x0, clips.eps)
-    return gaussian_log_density(x_next, mean, row.std.clamp(min=min_std))
+    return network.denoise(x, times[k], network.encode_obs(obs))

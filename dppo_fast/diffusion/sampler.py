@@ -5,14 +5,16 @@ steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dppo_fast.diffusion.schedule import NoiseSchedule
-from dppo_fast.kernels.denoise_step import chunk_log_prob, denoise_step, gaussian_log_density
+from dppo_fast.kernels.denoise_step import Bounds, Score, sampling_step
+from dppo_fast.kernels.mlp_chain import ChainOptions, MLPSegment, MLPStep, mlp_chain
+from dppo_fast.runtime.precision import MatMul, matmul_precision
 from dppo_fast.types import Obs
 
 
@@ -25,6 +27,10 @@ class DenoisingNetwork(Protocol):
 
     def denoise(self, x: Tensor, time: Tensor, obs: Tensor) -> Tensor: ...
 
+    def step(self) -> MLPStep | None:
+        """``denoise`` as data, if the op `mlp_chain` can run it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -32,6 +38,7 @@ class Segment:
 
     network: DenoisingNetwork
     steps: range
+    precision: MatMul = "fp32"
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Scoring:
     """
 
     first: int
-    min_std: float | Tensor
+    min_std: float
     reward_horizon: int
 
 
@@ -67,6 +74,7 @@ class Chain:
     log_prob: Tensor | None = None
 
 
+@torch.no_grad()
 def sample_chain(
     segments: Sequence[Segment],
     schedule: NoiseSchedule,
@@ -78,7 +86,7 @@ def sample_chain(
     eta: Tensor | None = None,
     scoring: Scoring | None = None,
 ) -> Chain:
-    """Denoise ``noise[0]``, using draw ``noise[k + 1]`` at step k.
+    """Denoise ``noise[0]``, using draw ``noise[k + 1]`` at step k, without gradients.
 
     Args:
         segments: together they cover range(S); each network is evaluated on its own steps only.
@@ -88,29 +96,56 @@ def sample_chain(
         scoring: record the chain and its log-probs. Needs a stochastic chain, whose means are those that are scored.
     """
     assert scoring is None or not deterministic
-    x = noise[0]
-    draws = noise[1:] if clips.randn is None else noise[1:].clamp(-clips.randn, clips.randn)
-    points, log_probs = [], []
-    if scoring is not None and scoring.first == 0:
-        points.append(x)
+    segments = [segment for segment in segments if segment.steps]
+    steps = [segment.network.step() for segment in segments]
+    if eta is None and None not in steps:
+        table = schedule.deterministic_table if deterministic else schedule.table
+        parts = [
+            MLPSegment(step, _times(segment, schedule), segment.network.encode_obs(obs), segment.precision)
+            for segment, step in zip(segments, steps, strict=True)
+            if step is not None
+        ]
+        return _mlp_chain(parts, table, noise, std, clips, scoring)
+    x, draws = noise[0], noise[1:]
+    S, (B, Th, Da) = schedule.steps, x.shape
+    first, score, points, log_prob = S + 1, None, None, None
+    if scoring is not None:
+        first, score = scoring.first, Score(scoring.min_std, scoring.reward_horizon)
+        points, log_prob = x.new_empty(B, S - first + 1, Th, Da), x.new_empty(B, S - first)
+        if first == 0:
+            points[:, 0] = x
     for segment in segments:
-        if not segment.steps:
-            continue
         network = segment.network
-        encoded = network.encode_obs(obs)
-        times = network.time_table(schedule.timesteps[segment.steps.start : segment.steps.stop])
-        for k, time in zip(segment.steps, times, strict=True):
-            row = schedule.coefficients(k, deterministic, eta)
-            out_clip = clips.action if k == schedule.steps - 1 else None
-            eps = network.denoise(x, time, encoded)
-            x, mean = denoise_step(eps, x, draws[k], row, std[k], clips.x0, clips.eps, out_clip)
-            if scoring is None:
-                continue
-            if k >= scoring.first - 1:
-                points.append(x)
-            if k >= scoring.first:
-                density = gaussian_log_density(x, mean, row.std.clamp(min=scoring.min_std))
-                log_probs.append(chunk_log_prob(density, scoring.reward_horizon))
-    if scoring is None:
-        return Chain(x)
-    return Chain(x, torch.stack(points, 1), torch.stack(log_probs, 1))
+        encoded, times = network.encode_obs(obs), _times(segment, schedule)
+        with matmul_precision(segment.precision):
+            for k, time in zip(segment.steps, times, strict=True):
+                scored = k >= first
+                x, _ = sampling_step(
+                    network.denoise(x, time, encoded),
+                    x,
+                    draws[k],
+                    schedule.coefficients(k, deterministic, eta),
+                    std[k],
+                    Bounds(clips.x0, clips.eps, clips.randn, clips.action if k == S - 1 else None),
+                    score if scored else None,
+                    out=points[:, k + 1 - first] if points is not None and k + 1 >= first else None,
+                    log_prob_out=log_prob[:, k - first] if log_prob is not None and scored else None,
+                )
+    return Chain(x, points, log_prob)
+
+
+def _times(segment: Segment, schedule: NoiseSchedule) -> Tensor:
+    return segment.network.time_table(schedule.timesteps[segment.steps.start : segment.steps.stop])
+
+
+def _mlp_chain(
+    segments: Sequence[MLPSegment], table: Tensor, noise: Tensor, std: Tensor, clips: Clips, scoring: Scoring | None
+) -> Chain:
+    """The whole chain by one op, which knows an action chunk as one row."""
+    Th, Da = noise.shape[2:]
+    options = ChainOptions(clips.x0, clips.eps, clips.randn, clips.action)
+    if scoring is not None:
+        scored = min(scoring.reward_horizon, Th) * Da
+        options = replace(options, first=scoring.first, scored=scored, min_std=scoring.min_std)
+    x, points, log_prob = mlp_chain(segments, noise.flatten(2), table, std, options)
+    return Chain(x.view(-1, Th, Da), None if points is None else points.view(*points.shape[:2], Th, Da), log_prob)

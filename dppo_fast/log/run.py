@@ -108,6 +108,10 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(full, step=step)
 
+    def warn(self, message: str) -> None:
+        """Say something above the progress display that needs attention."""
+        self.console.print(f"warning: {message}", markup=False, soft_wrap=True)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Show ``name`` as what the run does now; after an error it stays on show."""

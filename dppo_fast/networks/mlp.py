@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dppo_fast.kernels.mlp_chain import MLPStep
 from dppo_fast.networks.embed import SinusoidalPosEmb, activation
 from dppo_fast.types import Obs, UserError
 
@@ -159,6 +160,8 @@ class DiffusionMLP(nn.Module):
         self.sizes = (horizon_steps * action_dim, time_dim, encoded_dim)
         dims = [sum(self.sizes), *mlp_dims, horizon_steps * action_dim]
         self.mlp_mean = trunk(dims, activation_type, out_activation_type, use_layernorm, residual_style)
+        self.activation_type = activation_type
+        self.fusible = out_activation_type == "Identity" and not use_layernorm
 
     def encode_obs(self, obs: Obs) -> Tensor:
         """The observation's share of the first layer, bias included: [B, H]."""
@@ -175,6 +178,14 @@ class DiffusionMLP(nn.Module):
         """x [B, Th, Da], a row or rows of ``time_table`` [H] or [B, H], ``encode_obs`` [B, H] -> [B, Th, Da]."""
         h = torch.addmm(obs + time, x.flatten(1), self._columns(0).t())
         return self.mlp_mean.rest(h).view(-1, *self.action_shape)
+
+    def step(self) -> MLPStep | None:
+        """What ``denoise`` computes, for the op that runs a whole chain; None where it has more than that op knows."""
+        if not self.fusible:
+            return None
+        layers = [module for module in self.mlp_mean.modules() if isinstance(module, nn.Linear)]
+        pairs = tuple((layer.weight, layer.bias) for layer in layers[1:])
+        return MLPStep(self._columns(0), pairs, self.activation_type, isinstance(self.mlp_mean, ResidualMLP))
 
     def forward(self, x: Tensor, t: Tensor, obs: Obs) -> Tensor:
         """x [B, Th, Da], t [B] -> [B, Th, Da]."""

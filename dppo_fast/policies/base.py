@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dppo_fast.types import Act, Obs, Record
+from dppo_fast.kernels.philox import keyed_normal
+from dppo_fast.types import Act, NoiseStream, Obs, Record
 
 
 class Policy(nn.Module, ABC):
     """A trainable policy whose decisions consist of ``decisions`` scored parts: F denoising steps, or one action.
 
-    ``generator`` is the source of all randomness in ``act``; None means PyTorch's default one.
+    ``noise`` is the source of all randomness in ``act``, ``generator`` that of the losses; None means PyTorch's default
+    one.
     """
 
     actor: Any
@@ -24,6 +26,10 @@ class Policy(nn.Module, ABC):
     horizon_steps: int
     action_dim: int
     generator: torch.Generator | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = NoiseStream(0)
 
     @property
     @abstractmethod
@@ -58,6 +64,14 @@ class Policy(nn.Module, ABC):
         """The network that the actor's optimizer trains."""
         network: nn.Module = self.actor if self.actor_ft is None else self.actor_ft
         return network
+
+    def draw_noise(self, batch: int, draws: int) -> Tensor:
+        """[draws, B, Th, Da]: the standard normals of this decision, which are the same in every batch."""
+        env = torch.arange(batch, device=next(self.parameters()).device)
+        step = torch.full_like(env, self.noise.step)
+        self.noise.step += 1
+        noise = keyed_normal(self.noise.seed, env, step, draws, self.horizon_steps * self.action_dim)
+        return noise.view(draws, batch, self.horizon_steps, self.action_dim)
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal draws on the policy's device."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dppo_fast.diffusion.likelihood import denoising_loss, transition_log_density
+from dppo_fast.diffusion.likelihood import denoising_loss, predict
 from dppo_fast.diffusion.sampler import Chain, Clips, Scoring, Segment, sample_chain
 from dppo_fast.diffusion.schedule import NoiseSchedule
-from dppo_fast.kernels.denoise_step import chunk_log_prob
+from dppo_fast.kernels.chain_log_prob import chain_log_prob
+from dppo_fast.kernels.denoise_step import gaussian_log_density, posterior_mean
 from dppo_fast.networks.eta import Eta
 from dppo_fast.policies.base import Policy
+from dppo_fast.runtime.graph import GraphedFunction
+from dppo_fast.runtime.precision import RECIPES
 from dppo_fast.types import Act, Obs, Record, UserError, require_ranges
 
 
@@ -99,6 +103,8 @@ class DiffusionPolicy(Policy):
             self.actor.requires_grad_(False)
         if eta is not None and not config.learn_eta:
             eta.requires_grad_(False)
+        self.recipe = RECIPES["fp32"]
+        self.sampler = GraphedFunction(self._sample)
 
     @property
     def decisions(self) -> int:
@@ -118,15 +124,17 @@ class DiffusionPolicy(Policy):
 
     @torch.no_grad()
     def act(self, obs: Obs, deterministic: bool = False) -> Act:
-        score = self.ft_steps > 0 and not deterministic
-        chain = self.sample(obs, self.draw_noise(len(obs["state"])), deterministic, score)
+        """As `Policy.act`; in a CUDA graph (``sampler.enabled``) a record holds until the next call."""
+        noise = self.draw_noise(len(obs["state"]), self.schedule.steps + 1)
+        chain = self.sampler({**obs, "noise": noise}, deterministic)
+        action = chain.action.clone() if self.sampler.enabled else chain.action
         if chain.points is None or chain.log_prob is None:
-            return Act(chain.action, {})
-        return Act(chain.action, {"chain": chain.points, "log_prob": chain.log_prob})
+            return Act(action, {})
+        return Act(action, {"chain": chain.points, "log_prob": chain.log_prob})
 
-    def draw_noise(self, batch: int) -> Tensor:
-        """[S + 1, B, Th, Da]: the initial x, then one draw per step."""
-        return self.randn(self.schedule.steps + 1, batch, self.horizon_steps, self.action_dim)
+    def _sample(self, inputs: Mapping[str, Tensor], deterministic: bool) -> Chain:
+        score = self.ft_steps > 0 and not deterministic
+        return self.sample(dict(inputs), inputs["noise"], deterministic, score)
 
     def sample(
         self,
@@ -139,9 +147,12 @@ class DiffusionPolicy(Policy):
         """Denoise ``noise`` [S + 1, B, Th, Da]; ``base_policy`` uses the frozen network at every step."""
         S, first = self.schedule.steps, self.first_ft_step
         if base_policy or self.actor_ft is None:
-            segments = [Segment(self.actor, range(S))]
+            segments = [Segment(self.actor, range(S), self.recipe.trained)]
         else:
-            segments = [Segment(self.actor, range(first)), Segment(self.actor_ft, range(first, S))]
+            segments = [
+                Segment(self.actor, range(first), self.recipe.base),
+                Segment(self.actor_ft, range(first, S), self.recipe.trained),
+            ]
         eta = None if deterministic else self.eta_of(obs)
         if deterministic:
             std = self.schedule.deterministic_std()
@@ -159,33 +170,34 @@ class DiffusionPolicy(Policy):
         return {"x": chain[point], "x_next": chain[point + 1]}
 
     def log_prob(self, obs: Obs, part: Record, k: Tensor) -> Tensor:
-        return chunk_log_prob(self.log_density(obs, part["x"], part["x_next"], k), self.reward_horizon)
+        return self._score(obs, part["x"], part["x_next"], k, self.reward_horizon)
+
+    def _score(self, obs: Obs, x: Tensor, x_next: Tensor, k: Tensor, horizon: int) -> Tensor:
+        row = self.schedule.coefficients(self.first_ft_step + k, eta=self.eta_of(obs))
+        eps, clips = self.predict(obs, x, k), self.clips
+        return chain_log_prob(eps, x, x_next, row, self.min_log_prob_std, horizon, clips.x0, clips.eps)
+
+    def predict(self, obs: Obs, x: Tensor, k: Tensor, base_policy: bool = False) -> Tensor:
+        """The fine-tuned network's output [B, Th, Da] at ``x`` and its steps k [B] (0 = earliest)."""
+        network = self.actor if base_policy else self.actor_ft
+        return predict(network, self.schedule, obs, x, k, self.first_ft_step)
 
     def log_density(self, obs: Obs, x: Tensor, x_next: Tensor, k: Tensor, base_policy: bool = False) -> Tensor:
-        """Elementwise log-density [B, Th, Da] of fine-tuned transitions k [B] (0 = earliest)."""
-        return transition_log_density(
-            self.actor if base_policy else self.actor_ft,
-            self.schedule,
-            obs,
-            x,
-            x_next,
-            k,
-            self.first_ft_step,
-            self.min_log_prob_std,
-            self.clips,
-            self.eta_of(obs),
-        )
+        """Elementwise log-density [B, Th, Da] of fine-tuned transitions k [B], always stochastic."""
+        row = self.schedule.coefficients(self.first_ft_step + k, eta=self.eta_of(obs))
+        mean = posterior_mean(self.predict(obs, x, k, base_policy), x, row, self.clips.x0, self.clips.eps)
+        return gaussian_log_density(x_next, mean, row.std.clamp(min=self.min_log_prob_std))
 
     def behaviour_cloning_loss(self, obs: Obs) -> Tensor:
         batch = len(obs["state"])
         with torch.no_grad():
-            noise = self.draw_noise(batch)
+            noise = self.randn(self.schedule.steps + 1, batch, self.horizon_steps, self.action_dim)
             chain = self.sample(obs, noise, score=True, base_policy=True).points
         assert chain is not None
         k = torch.arange(self.ft_steps, device=chain.device).repeat(batch)
         repeated = {name: value.repeat_interleave(self.ft_steps, 0) for name, value in obs.items()}
         x, x_next = chain[:, :-1].flatten(0, 1), chain[:, 1:].flatten(0, 1)
-        return -chunk_log_prob(self.log_density(repeated, x, x_next, k), self.horizon_steps).mean()
+        return -self._score(repeated, x, x_next, k, self.horizon_steps).mean()
 
     def entropy(self, obs: Obs) -> Tensor:
         eta = self.eta_of(obs)
@@ -213,3 +225,10 @@ class DiffusionPolicy(Policy):
         if ft_steps < self.ft_steps:
             self.actor.load_state_dict(self.actor_ft.state_dict())
             self.ft_steps = ft_steps
+            self.sampler.forget()
+
+    def set_min_sampling_std(self, std: float) -> None:
+        """Another floor of the sampling std from now on."""
+        if std != self.min_sampling_std:
+            self.min_sampling_std = std
+            self.sampler.forget()

@@ -46,7 +46,7 @@ class GaussianPolicy(Policy):
         mean, std = self.actor_ft(obs)
         if deterministic:
             return Act(self._chunk(mean), {})
-        action = self._sample(mean, std)
+        action = self._sample(mean, std, self.draw_noise(len(mean), 1).view_as(mean))
         log_prob = gaussian_log_density(action, mean, std).mean(-1, keepdim=True)
         return Act(self._chunk(action), {"action": self._chunk(action), "log_prob": log_prob})
 
@@ -64,7 +64,8 @@ class GaussianPolicy(Policy):
 
     def behaviour_cloning_loss(self, obs: Obs) -> Tensor:
         with torch.no_grad():
-            action = self._sample(*self.actor(obs))
+            mean, std = self.actor(obs)
+            action = self._sample(mean, std, self.randn(*mean.shape))
         mean, std = self.actor_ft(obs)
         return -gaussian_log_density(action, mean, std).clamp(*LOG_PROB_RANGE).mean()
 
@@ -73,9 +74,9 @@ class GaussianPolicy(Policy):
         mean, std = self.actor_ft(obs)
         return -gaussian_log_density(action.flatten(1), mean, std).mean()
 
-    def _sample(self, mean: Tensor, std: Tensor) -> Tensor:
+    def _sample(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         bound = self.config.randn_clip_value
-        return mean + std * self.randn(*mean.shape).clamp(-bound, bound)
+        return mean + std * noise.clamp(-bound, bound)
 
     def _chunk(self, flat: Tensor) -> Tensor:
         return flat.view(-1, self.horizon_steps, self.action_dim)

@@ -41,10 +41,9 @@ def dppo(policy: DiffusionPolicy, **config: Any) -> DPPO:
 def test_clip_ranges_and_discounts_of_the_denoising_steps(F: int) -> None:
     options = {"clip_ploss_coef": 0.2, "clip_ploss_coef_base": 0.01, "clip_ploss_coef_rate": 2.5}
     learner = dppo(diffusion_policy(ft_denoising_steps=F), gamma_denoising=0.9, **options)
-    k = torch.arange(F)
     clips = [0.01 + 0.19 * (math.exp(2.5 * i / (F - 1)) - 1) / (math.exp(2.5) - 1) for i in range(F)]
-    torch.testing.assert_close(learner.clip_range(k), torch.tensor(clips))
-    torch.testing.assert_close(learner.advantage_weight(k), torch.tensor([0.9 ** (F - 1 - i) for i in range(F)]))
+    torch.testing.assert_close(learner.clip_table, torch.tensor(clips))
+    torch.testing.assert_close(learner.discount_table, torch.tensor([0.9 ** (F - 1 - i) for i in range(F)]))
 
 
 def test_one_fine_tuned_step_is_clipped_at_the_coefficient() -> None:

@@ -131,8 +131,8 @@ class Replay:
         self.draws = draws_of(case)
         self.iteration_number = 0
         self._act, self._loss = self.policy.act, algorithm.loss
-        self.policy.draw_noise = lambda batch: next(self.draws)
-        self.policy.randn = lambda *shape: next(self.draws)[0].view(shape)
+        self.policy.draw_noise = lambda batch, draws: next(self.draws)
+        self.policy.randn = lambda *shape: next(self.draws).view(shape)
         self.policy.act = self.act
         algorithm.permutation = lambda pairs: next(self.orders)
         algorithm.loss = self.loss

@@ -53,7 +53,7 @@ def test_microbatches_sum_to_the_minibatch(make: Callable[..., Policy], size: in
         policy = make()
         learner = algorithm(policy, rollout(policy), microbatch_size=microbatch_size, **options)
         batch, row = learner._prepare(), torch.arange(16)
-        metrics = learner.minibatch(batch, row, row % policy.decisions, 0, 0, torch.zeros(()))
+        metrics = learner.minibatch(batch, row, row % policy.decisions, ("actor", "critic"), torch.zeros(()))
         parameters = [*policy.trained().parameters(), *learner.critic.parameters()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         results.append([*gradients, *weights(policy, learner.critic), *metrics.values()])
@@ -87,12 +87,18 @@ def test_every_epoch_visits_every_pair_but_an_incomplete_last_minibatch(make: Ca
 
 
 def steps_until_target_kl(policy: Policy, stop_on_host: bool) -> tuple[int, list[list[Tensor]]]:
-    """How many minibatches count, and the weights after every call of the optimizers."""
+    """How many minibatches count, and the weights after every minibatch that ran."""
     learner = algorithm(policy, rollout(policy), target_kl=1e-5, update_epochs=6)
     learner.stop_on_host = stop_on_host
     after: list[list[Tensor]] = []
-    optimize = learner.optimize
-    learner.optimize = lambda *args: optimize(*args) or after.append(weights(policy, learner.critic))
+    minibatch = learner.minibatch
+
+    def observed(*args: Any) -> dict[str, Tensor]:
+        metrics = minibatch(*args)
+        after.append(weights(policy, learner.critic))
+        return metrics
+
+    learner.minibatch = observed
     return int(learner.update(0)["ppo/minibatches"]), after
 
 

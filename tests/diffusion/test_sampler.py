@@ -32,6 +32,9 @@ class Linear:
     def time_table(self, t: Tensor) -> Tensor:
         return t[:, None] / 100
 
+    def step(self) -> None:
+        return None
+
     def denoise(self, x: Tensor, time: Tensor, obs: Tensor) -> Tensor:
         return self.weight * x + time
 

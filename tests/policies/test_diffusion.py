@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dppo_fast.networks.eta import Eta, EtaAction, EtaFixed, EtaState, EtaStateAction
 from dppo_fast.policies.diffusion import DiffusionPolicy
-from dppo_fast.types import Obs, UserError
-from tests.small import ACTION_DIM, HORIZON, diffusion_policy, distance, observations, seeded, weights
+from dppo_fast.types import NoiseStream, Obs, UserError
+from tests.small import ACTION_DIM, HORIZON, diffusion_policy, distance, observations, weights
 
 S, B = 4, 6
 DDIM = {"denoising_steps": 20, "ddim_steps": S}
@@ -73,7 +73,7 @@ def test_the_base_policy_is_frozen_and_used_early() -> None:
     rescored(policy, obs, policy.act(obs).record).sum().backward()
     assert all(parameter.grad is None for parameter in policy.actor.parameters())
     assert all(parameter.grad is not None for parameter in policy.actor_ft.parameters())
-    noise = policy.draw_noise(B)
+    noise = policy.draw_noise(B, S + 1)
     base = policy.sample(obs, noise, score=True, base_policy=True)
     tuned = policy.sample(obs, noise, score=True)
     assert base.points is not None
@@ -102,7 +102,7 @@ def test_stds_may_be_integers(std: float) -> None:
 def test_min_sampling_std_holds_at_the_last_step_too(options: dict[str, int]) -> None:
     policy = diffusion_policy(min_sampling_denoising_std=0.25, **options)
     obs = observations(B)
-    one, other = policy.draw_noise(B), policy.draw_noise(B)
+    one, other = policy.draw_noise(B, S + 1), policy.draw_noise(B, S + 1)
     other[:-1] = one[:-1]
     moved = policy.sample(obs, one).action - policy.sample(obs, other).action
     torch.testing.assert_close(moved, 0.25 * (one[-1] - other[-1]), rtol=1e-4, atol=1e-5)
@@ -119,15 +119,25 @@ def test_reward_horizon_is_the_part_of_the_chunk_that_is_scored() -> None:
     assert not rescored(whole, obs, later).allclose(b.record["log_prob"], atol=1e-2)
 
 
-def test_all_randomness_comes_from_the_generator() -> None:
+def test_all_randomness_comes_from_the_noise_stream() -> None:
     policy, obs = diffusion_policy(), observations(B)
+    policy.noise = NoiseStream(1, step=4)
     first = policy.act(obs).action
-    policy.generator = seeded(1)
+    policy.noise = NoiseStream(1, step=4)
     before = torch.get_rng_state()
     again = policy.act(obs).action
     assert torch.get_rng_state().equal(before)
+    assert policy.noise == NoiseStream(1, step=5)
     assert again.equal(first)
     assert not policy.act(obs).action.equal(first)
+
+
+def test_an_env_gets_the_same_noise_in_every_batch() -> None:
+    policy = diffusion_policy()
+    policy.noise = NoiseStream(1)
+    few = policy.draw_noise(2, S + 1)
+    policy.noise = NoiseStream(1)
+    assert policy.draw_noise(B, S + 1)[:, :2].equal(few)
 
 
 def test_entropy_is_the_mean_eta() -> None:
@@ -152,7 +162,7 @@ def test_the_pre_training_loss_is_that_of_predicting_the_noise() -> None:
 def test_fewer_fine_tuned_steps_leave_the_policy_as_it_is() -> None:
     """The steps given up keep the fine-tuned weights, so the chain from one noise stays the same."""
     policy, obs = diffusion_policy(ft_denoising_steps=S), observations(B)
-    noise, trained = policy.draw_noise(B), weights(policy.actor_ft)
+    noise, trained = policy.draw_noise(B, S + 1), weights(policy.actor_ft)
     tensors = list(policy.actor_ft.parameters())
     before = policy.sample(obs, noise).action
     policy.set_ft_steps(1)

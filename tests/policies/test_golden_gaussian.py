@@ -24,7 +24,7 @@ def base_policy(case: Case) -> GaussianPolicy:
 @pytest.mark.parametrize("case", CASES)
 def test_actions(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, obs, noise = base_policy(case), observations(case), case.tensor(f"sample_{mode}/noise")[0]
-    monkeypatch.setattr(policy, "randn", lambda *shape: noise.view(shape))
+    monkeypatch.setattr(policy, "draw_noise", lambda batch, draws: noise)
     act = policy.act(obs)
     SAMPLE.check(act.action, case[f"sample_{mode}/actions"])
     scored = policy.log_prob(obs, {"action": act.action}, torch.zeros(len(noise), dtype=torch.int64))
