@@ -85,6 +85,7 @@ def learning_curves(
             axes.plot(*_mean(curves), color=colour, linewidth=2.2, label=label + count)
         if gate is not None:
             axes.axhline(gate, color="0.3", linewidth=1, linestyle="--")
+            axes.margins(y=0.1)
             axes.text(0.01, gate, f"gate {gate:,.0f}", transform=axes.get_yaxis_transform(), color="0.3", va="bottom")
         _label_returns(axes)
 

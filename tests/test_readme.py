@@ -41,6 +41,11 @@ def shortened(command: str) -> list[str]:
         extra = ["steps=60", "num_envs=2", "min_return=null", "max_return=null"]
     elif module == "benchmarks.learning":
         extra = ["--results", "."] if "report" in arguments else [*TINY_RUN, *ONLINE]
+    elif module == "benchmarks.run":
+        extra = ["--shape", "tiny", "--seconds", "0.01", "--no-verify"]
+    elif module == "benchmarks.iteration":
+        arguments = ["--iterations", "1", *arguments]
+        extra = [*TINY_RUN, *ONLINE]
     elif module == "dppo_fast.train":
         extra = [*TINY_RUN, *(OFFLINE if "pretrain" in command else ONLINE)]
     else:
