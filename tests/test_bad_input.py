@@ -166,7 +166,7 @@ def test_arguments(
         (FINETUNE, "compat=v1", "compat=v1 is unknown"),
         (FINETUNE, "resume_from=first", "resume_from=first is unknown"),
         (FINETUNE, "profile=perf", "profile=perf"),
-        (FINETUNE, "graphs=yes", "graphs=yes is unknown; choose auto, on, off"),
+        (FINETUNE, "graphs=maybe", "graphs=maybe is unknown; choose auto, on, off"),
         (FINETUNE, "graphs=on device=cpu", "graphs=on: CUDA graphs need a CUDA device"),
         (FINETUNE, "precision=fp8", "precision=fp8 is unknown"),
         (FINETUNE, "precision=tf32 device=cpu", "precision=tf32 needs a CUDA device"),

@@ -18,15 +18,23 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.mark.parametrize(
     ("mode", "device", "used"),
-    [("auto", CPU, False), ("auto", CUDA, True), ("on", CUDA, True), ("off", CPU, False), ("off", CUDA, False)],
+    [
+        ("auto", CPU, False),
+        ("auto", CUDA, True),
+        ("on", CUDA, True),
+        ("True", CUDA, True),
+        ("off", CPU, False),
+        ("off", CUDA, False),
+        ("False", CUDA, False),
+    ],
 )
 def test_modes(mode: str, device: torch.device, used: bool) -> None:
     assert use_graphs(mode, device) is used
 
 
 def test_wrong_modes_are_refused() -> None:
-    with pytest.raises(UserError, match=r"graphs=yes is unknown; choose auto, on, off"):
-        use_graphs("yes", CPU)
+    with pytest.raises(UserError, match=r"graphs=maybe is unknown; choose auto, on, off"):
+        use_graphs("maybe", CPU)
     with pytest.raises(UserError, match="graphs=on: CUDA graphs need a CUDA device, and this run is on cpu"):
         use_graphs("on", CPU)
 

@@ -27,6 +27,7 @@ def use_graphs(mode: str, device: torch.device) -> bool:
 
     Raises UserError for another mode, and for ``on`` without CUDA.
     """
+    mode = {"True": "on", "False": "off"}.get(mode, mode)  # as which YAML reads on and off
     if mode not in get_args(GraphMode):
         raise UserError(f"graphs={mode} is unknown; choose {', '.join(get_args(GraphMode))}")
     if mode == "on" and device.type != "cuda":
