@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dppo_fast.runtime.files import atomic_write
-from dppo_fast.types import UserError
+from dppo_fast.types import ObsShapes, UserError
 
 FORMAT = "dppo_fast/1"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -100,12 +100,91 @@ class Checkpoint:
             self, weights={self.deployed: self.weights[self.deployed]}, state={"interface": self.state["interface"]}
         )
 
+    def policy_weights(self, path: Path) -> PolicyWeights:
+        """What the file ``path``, which this is, says of the policy to act with."""
+        policy = self.weights[self.deployed]
+        return PolicyWeights(
+            f"{path} ({self.deployed} after iteration {self.iteration})",
+            below(policy, "actor."),
+            below(policy, "actor_ft.") or None,
+            self.weights.get("critic"),
+            below(policy, "eta.") or None,
+            self.config,
+            self.state.get("interface"),
+        )
+
+
+@dataclass(frozen=True)
+class ReferenceCheckpoint:
+    """The reference's file: ``{itr, model}`` of fine-tuning, or ``{epoch, model, ema}`` of pre-training, where ``ema``
+    are the averaged weights. ``number`` is the last iteration done, counted from 0, or the epochs done.
+    """
+
+    number: int
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor] | None = None
+
+    @property
+    def kind(self) -> str:
+        return f"fine-tuning, iteration {self.number}" if self.ema is None else f"pre-training, epoch {self.number}"
+
+    def save(self, path: Path) -> None:
+        """Write the file; an interrupted write leaves the old one."""
+        content: dict[str, Any] = {"model": dict(self.model)}
+        content |= {"itr": self.number} if self.ema is None else {"epoch": self.number, "ema": dict(self.ema)}
+        with atomic_write(path) as file:
+            torch.save(content, file)
+
+    @classmethod
+    def load(cls, path: Path) -> ReferenceCheckpoint:
+        """Read tensors and numbers. Raises CheckpointError where the file is missing, damaged, would need unpickling,
+        or holds something else.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such checkpoint")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen unrelated types for damaged or pickled files
+            raise CheckpointError(
+                f"{path}: not readable as tensors alone ({(str(error) or repr(error)).splitlines()[0]}); it is "
+                "damaged, or holds objects, which are never unpickled"
+            ) from error
+        found = content if isinstance(content, dict) else {}
+        keys = ("epoch", "model", "ema") if "ema" in found else ("itr", "model")
+        if lacking := [key for key in keys if key not in found]:
+            raise CheckpointError(
+                f"{path}: holds no {' and no '.join(lacking)}, unlike the reference's {{epoch, model, ema}} and "
+                "{itr, model}"
+            )
+        number, *weights = (found[key] for key in keys)
+        if type(number) is not int or not all(map(_is_state_dict, weights)):
+            raise CheckpointError(f"{path}: holds no number in {keys[0]} or no weights in {' or '.join(keys[1:])}")
+        return cls(number, *weights)
+
+    def policy_weights(self, path: Path) -> PolicyWeights:
+        """What the file ``path``, which this is, says of the policy: of pre-training, the averaged one."""
+        weights = self.model if self.ema is None else self.ema
+        actor = below(weights, "actor.") or below(weights, "network.")
+        if not actor:
+            raise CheckpointError(f"{path}: holds neither 'network.*' nor 'actor.*' weights")
+        return PolicyWeights(
+            f"{path} (reference {self.kind}{'' if self.ema is None else ', averaged weights'})",
+            actor,
+            below(weights, "actor_ft.") or None,
+            below(weights, "critic.") or None,
+            below(weights, "eta.") or None,
+        )
+
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint files of a run directory, oldest first."""
-    folder = run / "checkpoint"
-    found = [(int(match[1]), file) for file in folder.glob("*") if (match := NAME.fullmatch(file.name))]
-    return [file for _, file in sorted(found)]
+    return list(_numbered(run).values())
+
+
+def _numbered(run: Path) -> dict[int, Path]:
+    """Iteration -> checkpoint, oldest first."""
+    found = [(int(match[1]), file) for file in (run / "checkpoint").glob("*") if (match := NAME.fullmatch(file.name))]
+    return dict(sorted(found))
 
 
 def checkpoint_path(run: Path, iteration: int) -> Path:
@@ -125,12 +204,15 @@ def find(path: str | Path, which: str = "latest") -> Path:
     return found[-back]
 
 
-def prune(run: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints and those of every ``keep_every``-th iteration (0: none)."""
-    for file in checkpoints(run)[:-keep]:
-        match = NAME.fullmatch(file.name)
-        if match and not (keep_every and int(match[1]) % keep_every == 0):
-            file.unlink()
+def prune(run: Path, keep: int, keep_every: int) -> int:
+    """Delete all but the newest ``keep`` checkpoints and those of every ``keep_every``-th iteration (0: none); returns
+    the iteration of the oldest that stays.
+    """
+    found = _numbered(run)
+    stay = [i for i in found if i in list(found)[-keep:] or (keep_every and i % keep_every == 0)]
+    for iteration in found.keys() - stay:
+        found[iteration].unlink()
+    return stay[0]
 
 
 @dataclass(frozen=True)
@@ -150,6 +232,26 @@ class PolicyWeights:
     config: Mapping[str, Any] | None = None
     interface: Mapping[str, Any] | None = None
 
+    def describe(self) -> str:
+        """One line: where the weights are from, how many there are, and what the policy takes and gives."""
+        modules = {"actor": self.actor, "actor_ft": self.actor_ft, "critic": self.critic, "eta": self.eta}
+        sizes = [f"{name} {sum(map(Tensor.numel, own.values())):,}" for name, own in modules.items() if own]
+        parts = [f"{self.source}: {', '.join(sizes)} weights"]
+        if self.interface:
+            kept = self.interface["normalization"]
+            parts.append(f"F {self.interface['ft_steps']}")
+            parts.append(describe_dims(self.interface["obs_shapes"], self.interface["action_dim"]))
+            parts.append("no normalisation" if kept is None else f"normalised by {', '.join(sorted(kept))}")
+        return "; ".join(parts)
+
+    def require_dims(self, obs_shapes: ObsShapes, action_dim: int) -> None:
+        """Raises CheckpointError where the policy is known to be of a task with other dims."""
+        if self.interface is None:
+            return
+        own = describe_dims(self.interface["obs_shapes"], self.interface["action_dim"])
+        if own != (wanted := describe_dims(obs_shapes, action_dim)):
+            raise CheckpointError(f"{self.source} is of another task: it has {own}, this one {wanted}")
+
 
 def load_policy_weights(path: str | Path) -> PolicyWeights:
     """Read a run directory, one of our files, or the reference's ``.pt``; pre-trained ones give the averaged weights.
@@ -157,56 +259,17 @@ def load_policy_weights(path: str | Path) -> PolicyWeights:
     Raises CheckpointError where the file is missing, damaged, would need unpickling, or holds no policy.
     """
     file = find(path)
-    if file.suffix in (".pt", ".pth"):
-        return _load_reference(file)
-    checkpoint = Checkpoint.load(file)
-    policy = checkpoint.weights[checkpoint.deployed]
-    actor_ft = _below(policy, "actor_ft.")
-    return PolicyWeights(
-        str(file),
-        _below(policy, "actor."),
-        actor_ft or None,
-        checkpoint.weights.get("critic"),
-        _below(policy, "eta.") or None,
-        checkpoint.config,
-        checkpoint.state.get("interface"),
-    )
+    return load(file).policy_weights(file)
 
 
-def _load_reference(path: Path) -> PolicyWeights:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen unrelated types for damaged or pickled files
-        raise CheckpointError(
-            f"{path}: not readable as tensors alone ({(str(error) or repr(error)).splitlines()[0]}); it is damaged, or "
-            "holds objects, which are never unpickled"
-        ) from error
-    weights = content.get("ema", content.get("model")) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    ):
-        raise CheckpointError(f"{path}: holds no weights like the reference's {{epoch, model, ema}} or {{itr, model}}")
-    if "ema" in content:
-        kind = f"reference pre-training, epoch {content.get('epoch')}, averaged weights"
-    else:
-        kind = f"reference fine-tuning, iteration {content.get('itr')}"
-    actor = _below(weights, "actor.") or _below(weights, "network.")
-    if not actor:
-        raise CheckpointError(f"{path}: holds neither 'network.*' nor 'actor.*' weights")
-    return PolicyWeights(
-        f"{path} ({kind})",
-        actor,
-        _below(weights, "actor_ft.") or None,
-        _below(weights, "critic.") or None,
-        _below(weights, "eta.") or None,
-    )
+def load(file: Path) -> Checkpoint | ReferenceCheckpoint:
+    """Read a file of ours, or of the reference's where it ends in .pt or .pth."""
+    return ReferenceCheckpoint.load(file) if file.suffix in (".pt", ".pth") else Checkpoint.load(file)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """``load_state_dict`` with strict names and shapes; a mismatch is a CheckpointError that names file and
-    parameter.
+    parameter, as is a value that is not finite, unless it is of something made infinite: a mask, an eta at its bound.
     """
     own = module.state_dict()
     lacking, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
@@ -218,13 +281,24 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
             raise CheckpointError(
                 f"{source}: {name} has shape {list(value.shape)}, this configuration needs {list(own[name].shape)}"
             )
-        if not value.isfinite().all():
+        if not (value.isfinite() | own[name].isinf().to(value.device)).all():
             raise CheckpointError(f"{source}: {name} holds NaN or Inf")
     module.load_state_dict(weights)
 
 
-def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names start with ``prefix``, without it."""
     return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def describe_dims(obs_shapes: Mapping[str, Sequence[int]], action_dim: int) -> str:
+    """What tells tasks apart, in words."""
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(obs_shapes.items()))
+    return f"observations {shapes} and {action_dim} action dims"
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
 
 from dppo_fast.cli import command_main
+from dppo_fast.types import UserError
 
 
 @dataclass
@@ -20,15 +22,21 @@ class PublishConfig:
 
 def publish(config: PublishConfig) -> None:
     from dppo_fast.checkpoint import Checkpoint, find
-    from dppo_fast.types import UserError
 
-    out = Path(config.out)
     policy = Checkpoint.load(find(config.checkpoint)).policy_only()
-    try:
+    with writing(config.out) as out:
         policy.save(out)
+
+
+@contextmanager
+def writing(out: str) -> Iterator[Path]:
+    """Where a main writes the file that ``out=`` names: prints its size, or raises UserError where that fails."""
+    path = Path(out)
+    try:
+        yield path
     except OSError as error:
         raise UserError(f"out={out} is not writable ({error.strerror}); choose another file") from error
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

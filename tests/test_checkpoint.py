@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dppo_fast.checkpoint import (
     Checkpoint,
     CheckpointError,
+    ReferenceCheckpoint,
     checkpoint_path,
     checkpoints,
     find,
@@ -241,13 +242,32 @@ def test_a_pickle_is_refused_and_does_not_run(write: Any, tmp_path: Path) -> Non
     assert trace.exists(), "it would have run"
 
 
+@pytest.mark.parametrize("average", [None, {"network.weight": torch.ones(2, 3)}])
+def test_the_reference_s_file_comes_back(average: dict[str, Tensor] | None, tmp_path: Path) -> None:
+    saved = ReferenceCheckpoint(5, {"network.weight": torch.rand(2, 3).mT}, average)
+    saved.save(tmp_path / "state_5.pt")
+    assert same(vars(ReferenceCheckpoint.load(tmp_path / "state_5.pt")), vars(saved))
+    assert [file.name for file in tmp_path.iterdir()] == ["state_5.pt"]
+
+
 @pytest.mark.parametrize(
-    "content",
-    [[1, 2], {}, {"model": 3}, {"model": {}}, {"model": {"network.weight": 1.0}}, {"model": {"q.x": torch.ones(1)}}],
+    ("content", "message"),
+    [
+        ([1, 2], "holds no itr and no model, unlike"),
+        ({}, "holds no itr and no model, unlike"),
+        ({"model": {"network.weight": torch.ones(1)}}, "holds no itr, unlike"),
+        ({"epoch": 1, "ema": {"network.weight": torch.ones(1)}}, "holds no model, unlike"),
+        ({"itr": 1.5, "model": {"network.weight": torch.ones(1)}}, "holds no number in itr or no weights in model"),
+        ({"itr": 1, "model": 3}, "holds no number in itr or no weights in model"),
+        ({"itr": 1, "model": {"network.weight": 1.0}}, "holds no number in itr or no weights in model"),
+        ({"epoch": 1, "model": {}, "ema": None}, "holds no number in epoch or no weights in model or ema"),
+        ({"itr": 1, "model": {}}, r"holds neither 'network\.\*' nor 'actor\.\*' weights"),
+        ({"itr": 1, "model": {"q.x": torch.ones(1)}}, r"holds neither 'network\.\*' nor 'actor\.\*' weights"),
+    ],
 )
-def test_a_pt_file_of_something_else_is_refused(content: Any, tmp_path: Path) -> None:
+def test_a_pt_file_of_something_else_is_refused(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "state.pt")
-    with pytest.raises(CheckpointError, match=r"state\.pt: holds n"):
+    with pytest.raises(CheckpointError, match=rf"state\.pt: {message}"):
         load_policy_weights(tmp_path / "state.pt")
 
 
@@ -274,3 +294,70 @@ def test_weights_that_do_not_fit_are_named(change: dict[str, Tensor | None], mes
     with pytest.raises(CheckpointError, match=rf"policy\.pt: .*{message}"):
         load_weights(module, weights, "policy.pt")
     assert same(before, dict(module.state_dict()))
+
+
+def test_what_is_made_infinite_may_be() -> None:
+    """Such as an attention mask; but no NaN."""
+    module = nn.Linear(3, 2)
+    module.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    load_weights(module, {**linear(1.0), "mask": torch.tensor([1.0, -torch.inf])}, "policy.pt")
+    assert module.mask.tolist() == [1.0, -torch.inf]
+    with pytest.raises(CheckpointError, match="mask holds NaN or Inf"):
+        load_weights(module, {**linear(1.0), "mask": torch.tensor([torch.inf, -torch.inf])}, "policy.pt")
+
+
+INTERFACE = {
+    "obs_shapes": {"state": [1, 11], "rgb": [1, 3, 96, 96]},
+    "action_dim": 3,
+    "ft_steps": 10,
+    "normalization": {"obs_min": torch.zeros(11), "action_min": torch.zeros(3)},
+}
+
+
+def interfaced(path: Path, **changes: Any) -> Path:
+    """A file that tells its interface."""
+    weights = {"policy": below("actor", linear(1.0)) | below("actor_ft", linear(2.0)), "critic": linear(3.0)}
+    Checkpoint(weights, {"interface": INTERFACE | changes}, {}, 7).save(path)
+    return path
+
+
+def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:
+    file = interfaced(tmp_path / "policy.safetensors")
+    assert load_policy_weights(file).describe() == (
+        f"{file} (policy after iteration 7): actor 8, actor_ft 8, critic 8 weights; F 10; observations "
+        "rgb [1, 3, 96, 96], state [1, 11] and 3 action dims; normalised by action_min, obs_min"
+    )
+    file = interfaced(tmp_path / "raw.safetensors", normalization=None)
+    assert load_policy_weights(file).describe().endswith("3 action dims; no normalisation")
+
+
+def test_a_file_of_the_reference_describes_itself(tmp_path: Path) -> None:
+    weights = below("network", linear(1.0))
+    torch.save({"epoch": 3, "model": weights, "ema": weights}, tmp_path / "pre.pt")
+    torch.save({"itr": 9, "model": weights | {"eta.eta_logit": torch.ones(1)}}, tmp_path / "ft.pt")
+    pre, ft = (load_policy_weights(tmp_path / name).describe() for name in ("pre.pt", "ft.pt"))
+    assert pre == f"{tmp_path}/pre.pt (reference pre-training, epoch 3, averaged weights): actor 8 weights"
+    assert ft == f"{tmp_path}/ft.pt (reference fine-tuning, iteration 9): actor 8, eta 1 weights"
+
+
+@pytest.mark.parametrize(
+    ("obs_shapes", "action_dim"),
+    [
+        ({"state": (1, 17), "rgb": (1, 3, 96, 96)}, 3),
+        ({"state": (1, 11), "rgb": (1, 3, 96, 96)}, 6),
+        ({"state": (1, 11)}, 3),
+    ],
+)
+def test_another_task_s_checkpoint_is_named(
+    obs_shapes: dict[str, tuple[int, ...]], action_dim: int, tmp_path: Path
+) -> None:
+    weights = load_policy_weights(interfaced(tmp_path / "policy.safetensors"))
+    weights.require_dims({"rgb": (1, 3, 96, 96), "state": (1, 11)}, 3)
+    own = r"observations rgb \[1, 3, 96, 96\], state \[1, 11\] and 3 action dims"
+    with pytest.raises(CheckpointError, match=rf"is of another task: it has {own}, this one observations .*state"):
+        weights.require_dims(obs_shapes, action_dim)
+
+
+def test_a_file_of_the_reference_tells_no_dims(tmp_path: Path) -> None:
+    torch.save({"itr": 9, "model": below("network", linear(1.0))}, tmp_path / "state.pt")
+    load_policy_weights(tmp_path / "state.pt").require_dims({"state": (1, 1)}, 1)
