@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass, make_dataclass
+from dataclasses import field, is_dataclass, make_dataclass
 from difflib import get_close_matches
 from functools import reduce
 from importlib import resources
@@ -41,14 +41,15 @@ def typed(schema: type[T], node: Any, key: str) -> T:
 
 def construct(cls: type[T], arguments: Mapping[str, Any], key: str, **derived: Any) -> T:
     """``cls(**derived, **arguments)``, refusing arguments that it does not take, by name, type or value."""
-    accepted = [name for name in inspect.signature(cls).parameters if name not in derived]
+    types = _parameters(cls)
+    accepted = [name for name in types if name not in derived]
     for name in arguments:
         if name in derived:
             raise UserError(f"{key}.{name} follows from the environment or the data; remove it")
         if name not in accepted:
             raise UserError(f"{key}.{name} is unknown{did_you_mean(name, accepted)}; {key} takes {', '.join(accepted)}")
-    hints = get_type_hints(cls.__init__)
-    schema = make_dataclass("Arguments", [(name, _omegaconf_type(hints[name])) for name in arguments])
+    fields = [(name, _omegaconf_type(types[name]), _field(types[name])) for name in arguments]
+    schema = make_dataclass("Arguments", fields, kw_only=True)
     values = vars(typed(schema, arguments, key))
     for name, value in values.items():
         if isinstance(value, list) and min(value, default=1) < 1:
@@ -114,6 +115,27 @@ def _writable(node: DictConfig) -> DictConfig:
 def _assets() -> list[str]:
     folder = Path(str(resources.files("dppo_fast"))) / "assets"
     return [f"asset:{file.relative_to(folder)}" for file in folder.rglob("*") if file.is_file()]
+
+
+def _parameters(cls: type) -> dict[str, Any]:
+    """Name -> type of what the constructor takes; by ``**options`` it takes what the next class in line takes.
+
+    Keyword-only parameters are for subclasses, not for users.
+    """
+    types: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if initializer := vars(base).get("__init__"):
+            _, *parameters = inspect.signature(initializer).parameters.values()
+            hints = get_type_hints(initializer)
+            types = {p.name: hints[p.name] for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD} | types
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return types
+
+
+def _field(hint: Any) -> Any:
+    """Groups of keys start from their defaults."""
+    return field(default_factory=hint) if isinstance(hint, type) and is_dataclass(hint) else field()
 
 
 def _omegaconf_type(hint: Any) -> Any:

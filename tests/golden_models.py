@@ -2,32 +2,50 @@
 
 Parameters stand below the reference's names: ``network`` or ``actor`` for the base policy, ``actor_ft`` for the
 fine-tuned one, ``critic`` and ``eta``. Of many networks the cases hold nothing but the parameters; their widths then
-follow from the shapes, and they have ACTOR_ACTIVATION or CRITIC_ACTIVATION.
+follow from the shapes, and they have ACTOR_ACTIVATION or CRITIC_ACTIVATION, U-Nets what UNET_STYLE says.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from math import isqrt
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dppo_fast.networks.critic import CriticObs
+from dppo_fast.networks.critic import CriticObs, CriticObsAct
 from dppo_fast.networks.eta import Eta, EtaAction, EtaFixed, EtaState, EtaStateAction
+from dppo_fast.networks.gaussian import GaussianNetwork
+from dppo_fast.networks.gmm import GMMMLP
 from dppo_fast.networks.mlp import DiffusionMLP, GaussianMLP
+from dppo_fast.networks.transformer import GaussianTransformer, GMMTransformer, Transformer
+from dppo_fast.networks.unet1d import Unet1D
+from dppo_fast.networks.vision import VisionDiffusionMLP, VisionGaussianMLP, VisionUnet1D, VitConfig, ViTCritic
 from dppo_fast.optim import LRConfig
 from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
-from dppo_fast.policies.gaussian import GaussianConfig, GaussianPolicy
+from dppo_fast.policies.gaussian import DensityPolicy, GaussianConfig, GaussianPolicy
+from dppo_fast.policies.gmm import GMMPolicy
 from dppo_fast.types import Obs
 from tests.golden_files import Case, golden_cases
-from tests.tolerances import GRADIENT
+from tests.tolerances import GRADIENT, Tolerance
 
 CLASSES: dict[str, type[nn.Module]] = {
     "DiffusionMLP": DiffusionMLP,
+    "Unet1D": Unet1D,
     "Gaussian_MLP": GaussianMLP,
+    "GMM_MLP": GMMMLP,
+    "Transformer": Transformer,
+    "Gaussian_Transformer": GaussianTransformer,
+    "GMM_Transformer": GMMTransformer,
     "CriticObs": CriticObs,
+    "CriticObsAct": CriticObsAct,
+    "VisionDiffusionMLP": VisionDiffusionMLP,
+    "VisionUnet1D": VisionUnet1D,
+    "Gaussian_VisionMLP": VisionGaussianMLP,
+    "ViTCritic": ViTCritic,
     "EtaFixed": EtaFixed,
     "EtaAction": EtaAction,
     "EtaState": EtaState,
@@ -36,6 +54,7 @@ CLASSES: dict[str, type[nn.Module]] = {
 """The reference's class names -> ours."""
 
 ACTOR_ACTIVATION, CRITIC_ACTIVATION = "ReLU", "Mish"
+UNET_STYLE = {"activation_type": "Mish", "n_groups": 4, "groupnorm_eps": 1e-4}
 
 DETERMINISTIC_STD = 1e-4
 """The reference's "deterministic" Gaussian actions are samples with this std; ours are the mean."""
@@ -51,10 +70,16 @@ def class_name(spec: Mapping[str, Any]) -> str:
     return str(spec.get("cls") or spec["_target_"]).rpartition(".")[2]
 
 
-def build(spec: Mapping[str, Any]) -> nn.Module:
-    """The module that ``spec`` describes: ``{cls, kwargs}``, or the arguments together with Hydra's ``_target_``."""
+def build(spec: Mapping[str, Any], **more: Any) -> nn.Module:
+    """The module that ``spec`` describes: ``{cls, kwargs}``, or the arguments together with Hydra's ``_target_``.
+
+    ``more``: arguments of ours that the reference's class does not have.
+    """
     arguments = spec.get("kwargs", {key: value for key, value in spec.items() if key != "_target_"})
-    return CLASSES[class_name(spec)](**arguments)
+    if class_name(spec) == "CriticObsAct":  # which takes residual_tyle, and ignores residual_style
+        misspelt = {"residual_style": arguments.get("residual_tyle", False)}
+        arguments = {key: value for key, value in arguments.items() if key != "residual_tyle"} | misspelt
+    return CLASSES[class_name(spec)](**arguments, **more)
 
 
 def options(schema: type[T], *sources: Mapping[str, Any]) -> T:
@@ -90,20 +115,41 @@ def is_diffusion_mlp(names: Iterable[str]) -> bool:
     return {"time_embedding", "mlp_mean"} <= roots(names) <= {"time_embedding", "mlp_mean", "cond_mlp"}
 
 
+def is_unet(names: Iterable[str]) -> bool:
+    """Whether a network with parameters of these names is a Unet1D."""
+    convolutional = {"time_mlp", "down_modules", "mid_modules", "up_modules", "final_conv"}
+    return {"time_mlp", "mid_modules"} <= roots(names) <= convolutional | {"cond_mlp"}
+
+
 def is_gaussian_mlp(names: Iterable[str]) -> bool:
     """Whether a network with parameters of these names is a Gaussian_MLP."""
     parts = {"mlp_base", "mlp_mean", "mlp_logvar", "logvar", "logvar_min", "logvar_max"}
     return {"mlp_mean"} <= roots(names) <= parts
 
 
+def is_gmm_mlp(names: Iterable[str]) -> bool:
+    """Whether a network with parameters of these names is a GMM_MLP."""
+    return {"mlp_mean", "mlp_weights"} <= roots(names)
+
+
 def diffusion_cases(stem: str, array: str = "cfg") -> list[Any]:
-    """The cases of the file that have ``array`` and whose networks are DiffusionMLPs."""
-    return golden_cases(stem, lambda case: array in case and is_diffusion_mlp(base_weights(weights_of(case))))
+    """The cases of the file that have ``array`` and whose networks are DiffusionMLPs or Unet1Ds."""
+
+    def keep(case: Case) -> bool:
+        names = base_weights(weights_of(case)) if array in case else {}
+        return is_diffusion_mlp(names) or is_unet(names)
+
+    return golden_cases(stem, keep)
 
 
 def gaussian_cases(stem: str, array: str = "cfg") -> list[Any]:
     """The cases of the file that have ``array`` and whose networks are Gaussian_MLPs."""
     return golden_cases(stem, lambda case: array in case and is_gaussian_mlp(base_weights(weights_of(case))))
+
+
+def gmm_cases(stem: str, array: str = "cfg") -> list[Any]:
+    """The cases of the file that have ``array`` and whose networks are GMM_MLPs."""
+    return golden_cases(stem, lambda case: array in case and is_gmm_mlp(base_weights(weights_of(case))))
 
 
 def first_layer(trunk: Shapes) -> Sequence[int]:
@@ -145,6 +191,95 @@ def diffusion_mlp_options(shapes: Shapes, horizon_steps: int, action_dim: int) -
     }
 
 
+def unet_options(shapes: Shapes, horizon_steps: int, **style: Any) -> dict[str, Any]:
+    """The arguments of the Unet1D whose parameters have these shapes; ``style`` replaces parts of UNET_STYLE."""
+    cond_mlp, block = below(shapes, "cond_mlp."), below(shapes, "mid_modules.0.")
+    if "blocks.0.block.2.weight" not in block:
+        style["n_groups"] = None
+    levels = len(roots(below(shapes, "down_modules.")))
+    widths = [shapes[f"down_modules.{i}.0.blocks.0.block.0.weight"][0] for i in range(levels)]
+    time_dim = shapes["time_mlp.1.weight"][1]
+    smaller = "cond_encoder.1.weight" in block
+    film_dim, seen = block["cond_encoder.1.weight" if smaller else "cond_encoder.0.weight"]
+    return {
+        "action_dim": shapes["final_conv.1.weight"][0],
+        "horizon_steps": horizon_steps,
+        "cond_dim": first_layer(cond_mlp)[1] if cond_mlp else seen - time_dim,
+        "diffusion_step_embed_dim": time_dim,
+        "dim": widths[0],
+        "dim_mults": [width // widths[0] for width in widths],
+        "smaller_encoder": smaller,
+        "cond_mlp_dims": [*trunk_options(cond_mlp)["mlp_dims"], outputs(cond_mlp)] if cond_mlp else None,
+        "kernel_size": block["blocks.0.block.0.weight"][2],
+        "cond_predict_scale": film_dim == 2 * widths[-1],
+        **UNET_STYLE,
+        **style,
+    }
+
+
+def denoising_network(shapes: Shapes, horizon_steps: int, action_dim: int) -> nn.Module:
+    """The DiffusionMLP or Unet1D whose parameters have these shapes."""
+    if is_unet(shapes):
+        return Unet1D(**unet_options(shapes, horizon_steps))
+    return DiffusionMLP(**diffusion_mlp_options(shapes, horizon_steps, action_dim))
+
+
+def is_vision(names: Iterable[str]) -> bool:
+    """Whether a network with parameters of these names sees images."""
+    return "backbone" in roots(names)
+
+
+def vision_network(shapes: Shapes, horizon_steps: int, action_dim: int, **style: Any) -> nn.Module:
+    """The network for square images whose parameters have these shapes; ``style`` replaces what they do not tell."""
+    vit = below(shapes, "backbone.vit.")
+    stem = [(name, shape) for name, shape in vit.items() if name.startswith("patch_embed.") and len(shape) == 4]
+    (_, channels, patch_size, _), overlapping = stem[0][1], len(stem) == 2
+    _, patches, embed_dim = vit["pos_embed"]
+    side = (isqrt(patches) + overlapping) * patch_size
+    compressions = sorted(root for root in roots(shapes) if root.startswith("compress"))
+    compression = below(shapes, f"{compressions[0]}.")
+    spatial_emb = compression["weight"][-1] if "weight" in compression else 0
+    visual_feature_dim = spatial_emb or compression["0.weight"][0]
+
+    rest = {name: shape for name, shape in shapes.items() if name.partition(".")[0] not in {"backbone", *compressions}}
+    cls: type[nn.Module]
+    if is_unet(rest):
+        cls, arguments = VisionUnet1D, unet_options(rest, horizon_steps)
+    elif is_diffusion_mlp(rest):
+        cls, arguments = VisionDiffusionMLP, diffusion_mlp_options(rest, horizon_steps, action_dim)
+    elif roots(rest) == {"Q1"}:
+        trunk = below(rest, "Q1.")
+        cls, arguments = ViTCritic, {"cond_dim": first_layer(trunk)[1], **trunk_options(trunk)}
+    else:
+        cls, arguments = VisionGaussianMLP, gaussian_mlp_options(rest)
+    if not arguments.get("cond_mlp_dims"):
+        arguments["cond_dim"] -= len(compressions) * visual_feature_dim
+    vision = {
+        "image_shapes": {"rgb": (channels // 3, 3 * len(compressions), side, side)},
+        "backbone": VitConfig(
+            patch_size=patch_size,
+            depth=len(roots(below(vit, "net."))),
+            embed_dim=embed_dim,
+            num_heads=4,
+            embed_style="embed2" if overlapping else "embed1",
+            embed_norm="patch_embed.embed.1.weight" in vit,
+        ),
+        "img_cond_steps": channels // 3,
+        "spatial_emb": spatial_emb,
+        "visual_feature_dim": visual_feature_dim,
+    }
+    return cls(**{**arguments, **vision, **style})
+
+
+def vision_case(case: Case) -> nn.Module:
+    """The network that the case's ``cfg`` and ``bb/cfg`` describe; shifting images is not the network's part."""
+    arguments = {key: value for key, value in case.cfg["kwargs"].items() if key != "augment"}
+    if case.cls == "VisionUnet1D":
+        arguments["horizon_steps"] = case["in/x"].shape[1]
+    backbone = options(VitConfig, json.loads(str(case["bb/cfg"]))["cfg"])
+    return CLASSES[case.cls](image_shapes={"rgb": case["in/rgb"].shape[1:]}, backbone=backbone, **arguments)
+
+
 def gaussian_mlp_options(shapes: Shapes) -> dict[str, Any]:
     """The arguments of the Gaussian_MLP whose parameters have these shapes; one step long unless they tell."""
     base, mean = below(shapes, "mlp_base."), below(shapes, "mlp_mean.")
@@ -156,7 +291,7 @@ def gaussian_mlp_options(shapes: Shapes) -> dict[str, Any]:
         "action_dim": action_dim,
         "horizon_steps": outputs(mean) // action_dim,
         "cond_dim": first_layer(base or mean)[1],
-        "fixed_std": None if base else 0.1,
+        "fixed_std": None if "mlp_logvar" in roots(shapes) else 0.1,
         "learn_fixed_std": "logvar" in shapes,
         **style,
     }
@@ -182,7 +317,7 @@ def diffusion_policy(
     """The policy with these weights, of ``network`` or the one that they fit."""
     dims = cfg["horizon_steps"], cfg["action_dim"]
     base = base_weights(weights)
-    network = network or DiffusionMLP(**diffusion_mlp_options(shapes_of(base), *dims))
+    network = network or denoising_network(shapes_of(base), *dims)
     config = options(DiffusionConfig, cfg, {} if cfg.get("use_ddim") else {"ddim_steps": None})
     eta = build(cfg["eta"]) if cfg.get("eta") else None
     assert eta is None or isinstance(eta, Eta)
@@ -195,30 +330,36 @@ def diffusion_policy(
     return policy
 
 
-def gaussian_policy(spec: Mapping[str, Any], cfg: Mapping[str, Any], weights: Mapping[str, Tensor]) -> GaussianPolicy:
-    """The policy with these weights, of the network that ``spec`` describes."""
+def gaussian_policy(
+    spec: Mapping[str, Any], cfg: Mapping[str, Any], weights: Mapping[str, Tensor], clamp_log_prob: bool = False
+) -> DensityPolicy:
+    """The policy with these weights, a Gaussian or a mixture, of the network that ``spec`` describes."""
     network = build(spec)
-    assert isinstance(network, GaussianMLP)
-    policy = GaussianPolicy(network, options(GaussianConfig, cfg), network.horizon_steps, network.action_dim)
+    assert isinstance(network, GaussianNetwork)
+    cls = GMMPolicy if class_name(spec).startswith("GMM") else GaussianPolicy
+    config = options(GaussianConfig, cfg)
+    policy = cls(network, config, network.horizon_steps, network.action_dim, clamp_log_prob)
     policy.actor_ft.load_state_dict(below(weights, "actor_ft."))
     policy.actor.load_state_dict(base_weights(weights))
     return policy
 
 
-def gaussian_of(case: Case) -> GaussianPolicy:
+def gaussian_of(case: Case, clamp_log_prob: bool = False) -> DensityPolicy:
     """The policy of a case whose ``net`` describes all of the network but the dimensions."""
     horizon_steps, action_dim = case["in/actions"].shape[1:]
     dims = {"horizon_steps": horizon_steps, "action_dim": action_dim, "cond_dim": case["in/state"][0].size}
-    return gaussian_policy({"_target_": "Gaussian_MLP", **case.cfg["net"], **dims}, case.cfg, weights_of(case))
+    weights = weights_of(case)
+    cls = "GMM_MLP" if is_gmm_mlp(base_weights(weights)) else "Gaussian_MLP"
+    return gaussian_policy({"_target_": cls, **case.cfg["net"], **dims}, case.cfg, weights, clamp_log_prob)
 
 
 def observations(case: Case) -> Obs:
-    return {"state": case.tensor("in/state")}
+    return {name: case.tensor(f"in/{name}") for name in ("state", "rgb") if f"in/{name}" in case}
 
 
-def check_gradients(expected: Mapping[str, Tensor], module: nn.Module) -> None:
+def check_gradients(expected: Mapping[str, Tensor], module: nn.Module, tolerance: Tolerance = GRADIENT) -> None:
     """Compare the gradients of ``module``'s parameters; one that took no part has a gradient of 0."""
     assert expected
     for name, value in expected.items():
         parameter = module.get_parameter(name)
-        GRADIENT.check(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, value, name)
+        tolerance.check(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, value, name)

@@ -1,6 +1,7 @@
 """DDIM's eta, the share of DDPM's noise that a sampling step adds, as a constant or a learned function.
 
-All are bounded to [min_eta, max_eta]. ``eta(obs)`` is [B, 1] or [B, Da] (Song et al. 2021, eq. 16; Ren et al. 2024).
+All are bounded to [min_eta, max_eta], in which base_eta, the value to start from, has to lie. ``eta(obs)`` is [B, 1] or
+[B, Da] (Song et al. 2021, eq. 16; Ren et al. 2024).
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dppo_fast.networks.mlp import MLP
-from dppo_fast.types import Obs
+from dppo_fast.types import Obs, UserError
+
+
+def _require_bounds(base_eta: float, min_eta: float, max_eta: float) -> None:
+    if not min_eta <= base_eta <= max_eta or min_eta == max_eta:
+        raise UserError(
+            f"base_eta={base_eta} must lie in [min_eta, max_eta] = [{min_eta}, {max_eta}], min_eta < max_eta"
+        )
 
 
 class Eta(nn.Module):
@@ -25,10 +33,13 @@ class Eta(nn.Module):
 
 
 class _EtaLogit(Eta):
-    """0.5 (tanh(logit) + 1) (max - min) + min, one logit per output."""
+    """0.5 (tanh(logit) + 1) (max - min) + min, one logit per output. Where base_eta is a bound, the logit is infinite
+    and has no gradient.
+    """
 
     def __init__(self, outputs: int, base_eta: float, min_eta: float, max_eta: float) -> None:
         super().__init__()
+        _require_bounds(base_eta, min_eta, max_eta)
         self.min_eta, self.max_eta = float(min_eta), float(max_eta)
         normalized = 2 * (base_eta - min_eta) / (max_eta - min_eta) - 1
         self.eta_logit = nn.Parameter(torch.atanh(torch.full((outputs,), float(normalized))))
@@ -68,6 +79,7 @@ class _EtaMLP(Eta):
         gain: float,
     ) -> None:
         super().__init__()
+        _require_bounds(base_eta, min_eta, max_eta)
         self.base_eta, self.min_eta, self.max_eta = base_eta, min_eta, max_eta
         self.mlp_res = MLP([input_dim, *mlp_dims, outputs], activation_type)
         for module in self.mlp_res.modules():

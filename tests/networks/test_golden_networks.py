@@ -23,7 +23,7 @@ from tests.golden_models import (
     observations,
     roots,
 )
-from tests.tolerances import FORWARD, GRADIENT
+from tests.tolerances import FORWARD, GRADIENT, Tolerance
 
 
 def load(case: Case) -> nn.Module:
@@ -63,14 +63,46 @@ def test_critic(case: Case) -> None:
     check_gradients(case.tensors("grad/"), critic)
 
 
-@pytest.mark.parametrize("case", golden_cases("02_gaussian_gmm_transformer", lambda case: case.cls == "Gaussian_MLP"))
-def test_gaussian_network(case: Case) -> None:
+@pytest.mark.parametrize("case", golden_cases("02_critics", lambda case: case.cls == "CriticObsAct"))
+def test_action_value_critic(case: Case) -> None:
+    critic = load(case)
+    action = case.tensor("in/action").requires_grad_()
+    values = critic(observations(case), action)
+    names = ["out0", "out1"] if "out0" in case else ["out"]
+    outputs = dict(zip(names, values.unbind(), strict=True))
+    for name, value in outputs.items():
+        FORWARD.check(value, case[name], name)
+    backward(case, **{name.replace("out", "cot"): value for name, value in outputs.items()})
+    check_gradients(case.tensors("grad/"), critic)
+    GRADIENT.check(action.grad, case["gin"], "action")
+
+
+ATTENTION_GRADIENT = Tolerance(relative=1e-4, absolute=1e-6)
+"""Queries of one token have a gradient of 0, of which roundings are left."""
+
+
+@pytest.mark.parametrize("case", golden_cases("02_gaussian_gmm_transformer", lambda case: "in/state" in case))
+def test_gaussian_networks(case: Case) -> None:
+    """Mean and std; of a mixture, the modes' logits, too."""
     network = load(case)
-    mean, std = network(observations(case))
-    FORWARD.check(mean, case["out0"], "mean")
-    FORWARD.check(std, case["out1"], "std")
-    backward(case, cot0=mean, cot1=std)
-    check_gradients(case.tensors("grad/"), network)
+    outputs = network(observations(case))
+    for i, out in enumerate(outputs):
+        FORWARD.check(out, case[f"out{i}"], f"output {i}")
+    assert f"out{len(outputs)}" not in case
+    backward(case, **{f"cot{i}": out for i, out in enumerate(outputs)})
+    check_gradients(case.tensors("grad/"), network, ATTENTION_GRADIENT if "Transformer" in case.cls else GRADIENT)
+
+
+@pytest.mark.parametrize("case", golden_cases("02_gaussian_gmm_transformer", lambda case: case.cls == "Transformer"))
+def test_transformer(case: Case) -> None:
+    network = load(case)
+    tokens = case.tensor("in/x").requires_grad_()
+    out, embeddings = network(tokens)
+    FORWARD.check(out, case["out0"], "output")
+    FORWARD.check(embeddings, case["out1"], "embeddings")
+    backward(case, cot0=out, cot1=embeddings)
+    check_gradients(case.tensors("grad/"), network, ATTENTION_GRADIENT)
+    GRADIENT.check(tokens.grad, case["gin"], "tokens")
 
 
 @pytest.mark.parametrize("case", golden_cases("02_eta", lambda case: case.cls.startswith("Eta")))

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dppo_fast.kernels import mlp_chain as op
+from dppo_fast.networks.embed import SinusoidalPosEmb
 from dppo_fast.networks.eta import Eta, EtaAction, EtaFixed, EtaState, EtaStateAction
 from dppo_fast.policies.diffusion import DiffusionPolicy
+from dppo_fast.runtime.native import native
 from dppo_fast.types import NoiseStream, Obs, UserError
 from tests.small import ACTION_DIM, HORIZON, diffusion_policy, distance, observations, weights
 
@@ -87,7 +93,7 @@ def test_a_policy_without_fine_tuned_steps_acts(deterministic: bool) -> None:
     policy = diffusion_policy(ft_denoising_steps=0)
     act = policy.act(observations(B), deterministic)
     assert act.action.shape == (B, HORIZON, ACTION_DIM)
-    assert act.record == {}
+    assert act.record == ({} if deterministic else {"action": act.action})
 
 
 @pytest.mark.parametrize("std", [1, 1.0])
@@ -173,6 +179,155 @@ def test_fewer_fine_tuned_steps_leave_the_policy_as_it_is() -> None:
     assert not any(parameter.requires_grad for parameter in policy.actor.parameters())
     with pytest.raises(ValueError, match="between 1 and the present 1"):
         policy.set_ft_steps(2)
+
+
+SPECIAL = {"Optimizer", "Muon", "SparseAdam"}
+OPTIMIZERS = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in SPECIAL}
+
+
+def optimized(name: str, **options: Any) -> Callable[[nn.Module], None]:
+    def change(network: nn.Module) -> None:
+        parameters = list(network.requires_grad_().parameters())
+        optimizer = OPTIMIZERS[name](parameters, lr=0.1, **options)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(lambda: torch.zeros(()))
+
+    return change
+
+
+def each(change: Callable[[nn.Parameter], object]) -> Callable[[nn.Module], None]:
+    def changed(network: nn.Module) -> None:
+        with torch.no_grad():
+            for parameter in network.parameters():
+                change(parameter)
+
+    return changed
+
+
+def replace_parameters(network: nn.Module) -> None:
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(1.1 * parameter.detach()))
+
+
+def replace_layers(network: Any) -> None:
+    block = network.mlp_mean.layers[1]
+    block.l1 = nn.Linear(16, 16)
+    network.time_embedding[3] = nn.Linear(32, 16)
+
+
+def other_precision_and_back(network: nn.Module) -> None:
+    each(lambda x: x.mul_(1.1))(network.double())
+    network.float()
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    **{name: optimized(name) for name in OPTIMIZERS},
+    **{f"{name}, fused": optimized(name, fused=True) for name in ("AdamW", "Adam", "SGD", "Adagrad")},
+    **{f"{name}, foreach": optimized(name, foreach=True) for name in ("AdamW", "Adam", "SGD")},
+    "in place": each(lambda x: x.mul_(1.1)),
+    "copied": each(lambda x: x.copy_(1.1 * x)),
+    "loaded": lambda net: net.load_state_dict({name: 1.1 * x for name, x in net.state_dict().items()}),
+    "assigned": lambda net: net.load_state_dict({name: 1.1 * x for name, x in net.state_dict().items()}, assign=True),
+    "data in place": each(lambda x: x.data.mul_(1.1)),
+    "data replaced": each(lambda x: setattr(x, "data", 1.1 * x.data)),
+    "data transposed": each(lambda x: setattr(x, "data", x.data.t()) if x.shape == (16, 16) else None),
+    "other memory": each(lambda x: x.set_(1.1 * x)),
+    "NumPy": each(lambda x: np.multiply(x.numpy(), 1.1, out=x.numpy())),
+    "shared memory": lambda net: each(lambda x: x.mul_(1.1))(net.share_memory()),
+    "to": other_precision_and_back,
+    "parameters replaced": replace_parameters,
+    "layers replaced": replace_layers,
+}
+
+
+def assert_follows(policy: DiffusionPolicy, changed: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy decides otherwise after ``changed``, and as one with the same weights that never decided before."""
+    obs, noise = observations(B), policy.draw_noise(B, S + 1)
+    before = policy.sample(obs, noise, score=True).points
+    changed()
+    after = policy.sample(obs, noise, score=True).points
+    fresh = copy.deepcopy(policy)
+    monkeypatch.setattr(op, "_packs", {})
+    expected = fresh.sample(obs, noise, score=True).points
+    assert before is not None
+    assert after is not None
+    assert expected is not None
+    assert not after.equal(before)
+    assert after.equal(expected)
+
+
+@pytest.mark.parametrize("network", ["actor", "actor_ft"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_decisions_follow_the_weights(
+    network: str, change: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = diffusion_policy()
+    assert_follows(policy, lambda: change(getattr(policy, network)), monkeypatch)
+
+
+@pytest.mark.parametrize("network", ["actor", "actor_ft"])
+@pytest.mark.parametrize("name", [name for name, _ in diffusion_policy().actor.named_parameters()])
+def test_decisions_follow_every_weight(network: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = diffusion_policy()
+    weight = getattr(policy, network).get_parameter(name).data
+    assert_follows(policy, lambda: weight.view(-1)[-1:].add_(0.5), monkeypatch)
+
+
+def test_decisions_follow_other_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = diffusion_policy()
+    assert_follows(policy, lambda: policy.schedule.timesteps.add_(1), monkeypatch)
+
+
+def test_decisions_follow_weights_that_come_back() -> None:
+    policy, obs = diffusion_policy(), observations(B)
+    noise = policy.draw_noise(B, S + 1)
+    first = policy.sample(obs, noise).action
+    for _ in range(2):
+        each(lambda x: x.mul_(2))(policy.actor_ft)
+        assert not policy.sample(obs, noise).action.equal(first)
+        each(lambda x: x.div_(2))(policy.actor_ft)
+        assert policy.sample(obs, noise).action.equal(first)
+
+
+@pytest.fixture
+def embedded() -> Iterator[Counter[int]]:
+    """How many timesteps each time embedding has been computed for."""
+    rows: Counter[int] = Counter()
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, SinusoidalPosEmb):
+            rows[id(module)] += len(output)
+
+    hook = nn.modules.module.register_module_forward_hook(count)
+    yield rows
+    hook.remove()
+
+
+@pytest.mark.skipif(native() is None, reason="the C++ extension is not built")
+def test_what_follows_from_the_weights_alone_is_computed_once(embedded: Counter[int]) -> None:
+    policy, obs = diffusion_policy(), observations(B)
+    base, tuned = (id(network.time_embedding[0]) for network in (policy.actor, policy.actor_ft))
+    for _ in range(3):
+        policy.act(obs)
+    assert embedded == {base: 2, tuned: 2}
+    optimized("AdamW", fused=True)(policy.actor_ft)
+    for _ in range(3):
+        policy.act(obs)
+    assert embedded == {base: 2, tuned: 4}
+
+
+@pytest.mark.parametrize("F", [0, 2])
+@pytest.mark.parametrize("eta", [None, *ETAS])
+def test_the_differentiable_sample_is_the_sample(eta: str | None, F: int) -> None:
+    policy = diffusion_policy(ETAS[eta]() if eta else None, ft_denoising_steps=F, **(DDIM if eta else {}))
+    obs, noise = observations(B), policy.randn(S + 1, B, HORIZON, ACTION_DIM)
+    action = policy.rsample(obs, noise)
+    torch.testing.assert_close(action, policy.sample(obs, noise).action, rtol=0, atol=1e-5)
+    action.sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.trained().parameters())
+    assert F == 0 or all(parameter.grad is None for parameter in policy.actor.parameters())
 
 
 @pytest.mark.parametrize(
