@@ -1,0 +1,218 @@
+"""A policy outside training: acting in raw units, its latency, and as an exported graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+
+import numpy as np
+import pytest
+import torch
+
+from dppo_fast import load_policy
+from dppo_fast.build import load_policy as load_checkpoint
+from dppo_fast.checkpoint import Checkpoint
+from dppo_fast.deploy import Units, WholeChain
+from dppo_fast.envs.normalize import Identity, MinMax, Normalization, Running
+from dppo_fast.export import main as export
+from dppo_fast.latency import main as latency
+from dppo_fast.types import NoiseStream, UserError
+from tests.runs import BC, DPPO, PPO, demonstrations, train
+from tests.tolerances import Tolerance
+
+UNET = ["piece/policy@policy=diffusion_unet", "policy.network.dim=8", "policy.network.dim_mults=[1,2]"]
+CLOSE = Tolerance(relative=1e-5)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A fine-tuned and a pre-trained diffusion policy, one with a U-Net, and a Gaussian with running normalisation."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = demonstrations(folder / "data.npz")
+    short = ["train.n_train_itr=1", "train.val_freq=0"]
+    commands = {
+        "fine-tuned": DPPO,
+        "pre-trained": [*BC, f"data.path={data}"],
+        "unet": [*DPPO, *UNET],
+        "gaussian": PPO,
+    }
+    for name, arguments in commands.items():
+        arguments = [x for x in arguments if name != "unet" or "mlp_dims=[16" not in x]
+        assert train(*arguments, *short, f"logdir={folder / name}") == 0
+    return {name: folder / name for name in commands}
+
+
+NORMALIZATIONS: list[Callable[[], Normalization | None]] = [
+    lambda: None,
+    lambda: Identity([-2.0, 0.0], [1.0, 3.0]),
+    lambda: MinMax([-1.0, 0, 5], [1.0, 100, 5], [-2.0, 0.0], [1.0, 3.0]),
+    lambda: running([-2.0, 0.0], [1.0, 3.0]),
+]
+
+
+def running(low: list[float], high: list[float]) -> Running:
+    made = Running(low, high, 3)
+    made.update(np.random.default_rng(1).normal(50, [0.1, 1, 10], (100, 3)))
+    return made
+
+
+@pytest.mark.parametrize("make", NORMALIZATIONS)
+def test_units_are_those_of_the_normalization(make: Callable[[], Normalization | None]) -> None:
+    normalization, rng = make(), np.random.default_rng(0)
+    units, raw, action = Units(normalization), rng.normal(50, 60, (20, 3)), rng.uniform(-1.5, 1.5, (20, 2))
+    expected = (raw, action)
+    if normalization is not None:
+        expected = normalization.normalize_obs(raw), normalization.unnormalize_action(action)
+    state, raw_action = units.normalize(torch.tensor(raw)), units.unnormalize(torch.tensor(action))
+    np.testing.assert_allclose(state, expected[0], rtol=2e-7, atol=1e-6)
+    np.testing.assert_allclose(raw_action, expected[1], rtol=2e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fine-tuned", "pre-trained", "unet", "gaussian"])
+def test_acts_as_in_its_environment(runs: dict[str, Path], name: str) -> None:
+    """Raw actions for raw observations are what the environment executes for the policy's own."""
+    loaded = load_checkpoint(runs[name], torch.device("cpu"))
+    loaded.policy.noise = NoiseStream(3)
+    policy = load_policy(runs[name], "cpu", seed=3)
+    env = loaded.make_env(2, torch.device("cpu"), seed=0)
+    obs = env.reset(0)
+    for _ in range(2):
+        raw = env.raw_obs
+        chosen = loaded.policy.act(obs, deterministic=True).action[:, : env.act_steps]
+        action = policy.act({key: value.astype(np.float64) for key, value in raw.items()})
+        np.testing.assert_allclose(action, env.normalization.unnormalize_action(chosen.numpy()), rtol=1e-5, atol=1e-5)
+        obs = env.step(chosen).obs
+    env.close()
+
+
+def test_numpy_gives_numpy_and_torch_torch(runs: dict[str, Path]) -> None:
+    states = np.random.default_rng(0).normal(size=(3, 1, 11)).astype(np.float32)
+    actions = [load_policy(runs["fine-tuned"]).act(x) for x in (states, torch.tensor(states), {"state": states})]
+    assert [type(action) for action in actions] == [np.ndarray, torch.Tensor, np.ndarray]
+    for action in actions:
+        np.testing.assert_array_equal(action, actions[0])
+    assert actions[0].dtype == np.float32
+    assert actions[0].shape == (3, 4, 3)
+    single = load_policy(runs["fine-tuned"]).act(states[0])
+    np.testing.assert_allclose(single, actions[0][0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_seed_decides(runs: dict[str, Path]) -> None:
+    state = np.zeros((1, 11))
+    one, same, other = (load_policy(runs["fine-tuned"], seed=seed) for seed in (1, 1, 2))
+    first = one.act(state)
+    np.testing.assert_array_equal(same.act(state), first)
+    assert not np.array_equal(other.act(state), first)
+    assert not np.array_equal(one.act(state), first), "every decision has its own noise"
+
+
+@pytest.mark.parametrize(
+    ("obs", "message"),
+    [
+        (np.zeros((1, 12)), r"'state' has shape \[1, 12\], expected \[1, 11\]"),
+        (np.zeros((2, 2, 11)), r"'state' has shape \[2, 2, 11\], expected \[1, 11\]"),
+        (np.zeros(11), r"'state' has shape \[11\], expected \[1, 11\]"),
+        ({"position": np.zeros((1, 11))}, r"holds \['position'\], the policy takes \['state'\]"),
+    ],
+)
+def test_another_observation_is_refused(runs: dict[str, Path], obs: np.ndarray, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_policy(runs["fine-tuned"]).act(obs)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_policy(tmp_path / "none")
+    (tmp_path / "file.safetensors").write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"file\.safetensors: truncated or not a safetensors file"):
+        load_policy(tmp_path / "file.safetensors")
+
+
+def test_latency(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert latency([f"checkpoint={runs['fine-tuned']}", "calls=20", "warm_up=2"]) == 0
+    found = re.match(
+        r"p50 ([\d.]+) ms  p99 ([\d.]+) ms  \(20 decisions, B = 1, CPU, 1 threads\)", capsys.readouterr().out
+    )
+    assert found
+    assert 0 < float(found[1]) <= float(found[2])
+
+
+def inputs(chain: WholeChain, batch: int) -> tuple[torch.Tensor, ...]:
+    """Others than those that the export itself compares."""
+    return tuple(value.flip(-1) for value in chain.example(batch))
+
+
+@pytest.mark.parametrize("name", ["fine-tuned", "unet"])
+def test_exported_programs(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    assert export([f"checkpoint={runs[name]}", f"out={tmp_path}/new/policy.pt2"]) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["policy.pt2"]
+    program = torch.export.load(tmp_path / "new" / "policy.pt2").module()
+    chain = WholeChain(load_policy(runs[name], "cpu"))
+    for batch in (1, 4):
+        arguments = inputs(chain, batch)
+        CLOSE.check(program(*arguments), chain(*arguments))
+
+
+@pytest.mark.parametrize("name", ["fine-tuned", "unet"])
+def test_onnx(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="ONNX is not installed: pip install 'dppo-fast[export]'")
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX is not installed: pip install 'dppo-fast[export]'")
+    assert export([f"checkpoint={runs[name]}", f"out={tmp_path}/policy.onnx"]) == 0
+    session = runtime.InferenceSession(tmp_path / "policy.onnx")
+    assert [node.name for node in session.get_inputs()] == ["noise", "state"]
+    chain = WholeChain(load_policy(runs[name], "cpu"))
+    for batch in (1, 4):
+        arguments = inputs(chain, batch)
+        feeds = dict(zip(chain.names, (value.numpy() for value in arguments), strict=True))
+        (action,) = session.run(["action"], feeds)
+        CLOSE.check(action, chain(*arguments))
+
+
+@pytest.mark.skipif(which("g++") is None, reason="AOTInductor needs g++")
+def test_compiled_program(runs: dict[str, Path], tmp_path: Path) -> None:
+    assert export([f"checkpoint={runs['fine-tuned']}", f"out={tmp_path}/policy.pt2", "aot=true"]) == 0
+    program = torch._inductor.aoti_load_package(str(tmp_path / "policy.pt2"))
+    chain = WholeChain(load_policy(runs["fine-tuned"], "cpu"))
+    arguments = inputs(chain, 2)
+    CLOSE.check(program(*arguments), chain(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "message"),
+    [
+        ("fine-tuned", ["out=policy.trt"], "out=policy.trt: the name must end with .onnx or .pt2"),
+        ("fine-tuned", ["out=policy.onnx", "aot=true"], "aot=true compiles a .pt2 program, out=policy.onnx is none"),
+        ("gaussian", ["out=policy.pt2"], "checkpoint: GaussianPolicy has no denoising chain"),
+        ("nothing", ["out=policy.pt2"], "checkpoint: .*no such checkpoint"),
+    ],
+)
+def test_export_names_mistakes(
+    runs: dict[str, Path],
+    run: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert export([f"checkpoint={runs.get(run, run)}", *arguments]) == 2
+    assert re.match(f"error: {message}", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(find_spec("onnxscript") is not None, reason="ONNX is installed")
+def test_without_onnx_what_to_install_is_named(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert export([f"checkpoint={runs['fine-tuned']}", "out=policy.onnx"]) == 2
+    assert "pip install 'dppo-fast[export]'" in capsys.readouterr().err
+
+
+def test_published_policies_act(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing but the file is needed."""
+    saved = Checkpoint.load(next((runs["fine-tuned"] / "checkpoint").iterdir()))
+    saved.policy_only().save(tmp_path / "policy.safetensors")
+    assert load_policy(tmp_path / "policy.safetensors").act(np.zeros((1, 11))).shape == (4, 3)
