@@ -1,0 +1,52 @@
+"""A replay buffer on disk, without writing all of it for every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dppo_fast.checkpoint import Checkpoint
+from dppo_fast.replay import ReplayBuffer
+
+
+class Journal:
+    """Files in ``folder``, one per checkpoint, with what ``buffer`` got since the one before. Once they have twice as
+    many rows as the buffer, one has all of it, and those before are of no more use to later checkpoints.
+    """
+
+    def __init__(self, folder: Path, buffer: ReplayBuffer) -> None:
+        self.folder = folder
+        self.buffer = buffer
+        self.files: list[str] = []
+        self.rows = 0
+
+    def save(self, iteration: int) -> list[str]:
+        """Write a file, and name all those that together are the buffer; the checkpoint has to hold them."""
+        if self.rows > 2 * len(self.buffer):
+            self.files, self.rows = [], 0
+        changes = self.buffer.changes(everything=not self.files)
+        name = f"iteration_{iteration:08d}{'' if self.files else '_whole'}.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Checkpoint({}, changes, {}, iteration).save(self.folder / name)
+        self._add(name, changes)
+        return list(self.files)
+
+    def load(self, files: Sequence[str]) -> None:
+        """Make the buffer what it was. Raises CheckpointError for a file that is missing or damaged."""
+        self.files, self.rows = [], 0
+        for name in files:
+            changes = dict(Checkpoint.load(self.folder / name).state)
+            self.buffer.apply(changes)
+            self._add(name, changes)
+
+    def prune(self, oldest: int) -> None:
+        """Delete what no checkpoint from iteration ``oldest`` on needs."""
+        names = sorted(path.name for path in self.folder.glob("iteration_*.safetensors"))
+        needed = max(name for name in names if "_whole" in name and int(name[10:18]) <= oldest)
+        for name in names[: names.index(needed)]:
+            (self.folder / name).unlink()
+
+    def _add(self, name: str, changes: dict[str, Any]) -> None:
+        self.files.append(name)
+        self.rows += len(changes["rows"])
