@@ -14,6 +14,9 @@ from dppo_fast.types import Obs
 CRITIC_BATCH = 16384
 """Rows per critic call, to bound memory."""
 
+IMAGE_CRITIC_BATCH = 512
+"""The same where there are images."""
+
 
 class Estimates(NamedTuple):
     """Each [T, N] float32; ``value`` is the critic's before the update."""
@@ -26,9 +29,10 @@ class Estimates(NamedTuple):
 @torch.no_grad()
 def evaluate_critic(critic: nn.Module, obs: Obs) -> Tensor:
     """V of a batch of observations [M, ...] -> [M], in pieces."""
+    size = CRITIC_BATCH if obs.keys() == {"state"} else IMAGE_CRITIC_BATCH
     pieces = [
         critic(dict(zip(obs, rows, strict=True)))
-        for rows in zip(*(torch.split(value, CRITIC_BATCH) for value in obs.values()), strict=True)
+        for rows in zip(*(torch.split(value, size) for value in obs.values()), strict=True)
     ]
     return torch.cat(pieces)
 

@@ -6,6 +6,8 @@ Letters besides the package's: M steps of all trajectories together, E trajector
 from __future__ import annotations
 
 import math
+import os
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -70,7 +72,8 @@ class Trajectories:
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectories:
-        """Read an npz file; a warning tells when the actions leave [-1, 1].
+        """Read an npz file; a warning tells when the actions leave [-1, 1]. Images that are not compressed stay in the
+        file until they are looked at.
 
         Raises UserError, naming the file, when it is missing, damaged, pickled, lacks a key, or holds wrong data.
         """
@@ -89,6 +92,14 @@ class Trajectories:
         write: Any = np.savez_compressed if compressed else np.savez
         with atomic_write(Path(path)) as file:
             write(file, **self._arrays())
+
+    def first(self, episodes: int | None) -> Trajectories:
+        """The first ``episodes`` trajectories, at least 1; all of them with None."""
+        if episodes is None:
+            return self
+        lengths = self.traj_lengths[:episodes]
+        arrays = {key: array[: lengths.sum()] for key, array in self._arrays().items()}
+        return Trajectories(**{**arrays, "traj_lengths": lengths})
 
     @property
     def state_dim(self) -> int:
@@ -138,6 +149,12 @@ def _read(path: Path) -> Mapping[str, NDArray[Any]]:
             found = [name.removesuffix(".npy") for name in archive.namelist()]
             for key in filter(found.__contains__, _LAYOUT):
                 with archive.open(f"{key}.npy") as member:
+                    mapped = _mapped(path, archive.getinfo(member.name)) if key == "images" else None
+                    if mapped is not None:
+                        arrays[key] = mapped
+                        while member.read(2**24):
+                            pass
+                        continue
                     arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
                     if member.read(1):  # at the end zipfile compares the checksum
                         raise ValueError("more bytes than its shape needs")
@@ -148,6 +165,23 @@ def _read(path: Path) -> Mapping[str, NDArray[Any]]:
     if missing := [key for key in _REQUIRED if key not in arrays]:
         raise UserError(f"key {missing[0]!r} is missing; needed are {', '.join(_REQUIRED)}, found {', '.join(found)}")
     return arrays
+
+
+def _mapped(path: Path, member: zipfile.ZipInfo) -> NDArray[Any] | None:
+    """The array of an npz's member in the file itself; None where it is compressed, or of another kind than bytes."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        return None
+    with path.open("rb") as file:
+        file.seek(member.header_offset + 26)  # there the local header has the lengths of name and extra field
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        start = file.tell()
+        if np.lib.format.read_magic(file) != (1, 0):
+            return None
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        header = file.tell() - start
+        if fortran_order or dtype != np.uint8 or header + math.prod(shape) != member.file_size:
+            return None
+        return np.memmap(path, dtype, "r", file.tell(), shape)
 
 
 def _checked(key: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -174,9 +208,11 @@ class ChunkDataset:
     """Every window of H actions that lies inside one trajectory, with the last To observations at its first action.
 
     Before a trajectory's beginning its first observation repeats. ``start`` [len] is the row of a window's first step,
-    ``since_start`` [len] that step's number in its trajectory. All arrays live on ``device``; a batch is a few gathers.
+    ``since_start`` [len] that step's number in its trajectory. With ``image_steps`` the last so many images are
+    observed as well, as ``rgb``. The arrays live on ``device``, where a batch is a few gathers; images stay where they
+    are, and a batch of them is sent.
 
-    Raises UserError when a size is below 1 or the horizon is longer than every trajectory.
+    Raises UserError when a size is below 1, the horizon is longer than every trajectory, or there are no images.
     """
 
     def __init__(
@@ -184,13 +220,15 @@ class ChunkDataset:
         trajectories: Trajectories,
         horizon: int,
         obs_steps: int,
-        max_episodes: int | None = None,
         device: torch.device | str = "cpu",
+        image_steps: int | None = None,
     ) -> None:
-        for key, value in {"horizon_steps": horizon, "cond_steps": obs_steps, "max_n_episodes": max_episodes}.items():
+        for key, value in {"horizon_steps": horizon, "cond_steps": obs_steps, "img_cond_steps": image_steps}.items():
             if value is not None and value < 1:
                 raise UserError(f"{key}={value}: must be at least 1")
-        lengths = torch.from_numpy(trajectories.traj_lengths)[:max_episodes]  # [E]
+        if image_steps is not None and trajectories.images is None:
+            raise UserError(f"img_cond_steps={image_steps}: the data has no images; a network with vision needs them")
+        lengths = torch.from_numpy(trajectories.traj_lengths)  # [E]
         longest = int(lengths.max())
         if horizon > longest:
             raise UserError(f"horizon_steps={horizon} is longer than every trajectory; at most {longest} fits")
@@ -198,15 +236,17 @@ class ChunkDataset:
         since_start = torch.arange(int(windows.sum())) - (windows.cumsum(0) - windows).repeat_interleave(windows)
         start = (lengths.cumsum(0) - lengths).repeat_interleave(windows) + since_start
 
-        steps = int(lengths.sum())
         self.device = torch.device(device)
         self.start = start.to(device)
         self.since_start = since_start.to(device)
         self._ahead = torch.arange(horizon, device=device)
-        self._actions = torch.from_numpy(trajectories.actions[:steps]).to(device)  # [M, Da]
-        states = torch.from_numpy(trajectories.states[:steps]).to(device)  # [M, Do]
-        ages = torch.arange(obs_steps - 1, -1, -1, device=device)  # of the observations seen at once, newest last
-        self._observations = {"state": (states, ages)}
+        self._actions = torch.from_numpy(trajectories.actions).to(device)  # [M, Da]
+        states = torch.from_numpy(trajectories.states).to(device)  # [M, Do]
+        self._ages = {"state": torch.arange(obs_steps - 1, -1, -1, device=device)}  # of what is seen at once
+        self._states = states
+        if trajectories.images is not None and image_steps is not None:
+            self._ages["rgb"] = torch.arange(image_steps - 1, -1, -1, device=device)
+            self._images = trajectories.images
 
     def __len__(self) -> int:
         return len(self.start)
@@ -217,16 +257,20 @@ class ChunkDataset:
 
     @property
     def obs_shapes(self) -> ObsShapes:
-        """Name -> shape of one sample's observation, ``{"state": (To, Do)}``."""
-        return {name: (len(ages), *values.shape[1:]) for name, (values, ages) in self._observations.items()}
+        """Name -> shape of one sample's observation, ``{"state": (To, Do)}`` and ``{"rgb": (To, C, H, W)}``."""
+        return {
+            name: (len(ages), *(self._states if name == "state" else self._images).shape[1:])
+            for name, ages in self._ages.items()
+        }
 
     def batch(self, indices: Tensor) -> tuple[Obs, Tensor]:
         """Observations ``{"state": [B, To, Do]}``, newest last, and actions [B, H, Da] of windows ``indices`` [B]."""
         indices = indices.to(self.device)
         start, since_start = self.start[indices, None], self.since_start[indices, None]  # [B, 1]
-        obs = {}
-        for name, (values, ages) in self._observations.items():
-            obs[name] = values[start - torch.minimum(ages, since_start)]
+        rows = {name: start - torch.minimum(ages, since_start) for name, ages in self._ages.items()}  # [B, To]
+        obs = {"state": self._states[rows["state"]]}
+        if "rgb" in rows:
+            obs["rgb"] = torch.from_numpy(self._images[rows["rgb"].cpu().numpy()]).to(self.device)
         return obs, self._actions[start + self._ahead]
 
 

@@ -89,6 +89,7 @@ def make_env(
         seed=seed,
         training=training,
         time_limit_terminates=config.time_limit_terminates,
+        image_steps=config.image_steps,
     )
 
 

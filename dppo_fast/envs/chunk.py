@@ -26,7 +26,7 @@ class ChunkEnv:
     """The `VecEnv` of a simulator.
 
     A chunk is executed step by step in the envs whose episode still runs; those that ended are reset after it, never
-    inside. At an episode's start the history is its first observation To times. All tensors returned are the caller's.
+    inside. At an episode's start the history is its first observation, repeated. All tensors returned are the caller's.
 
     A NaN or Inf from the simulator ends the episode at the last finite observation: ``Step.valid`` is False there and
     the reward 0. ``nan_count`` counts these events, those at a reset included.
@@ -44,13 +44,19 @@ class ChunkEnv:
         seed: int,
         training: bool = True,
         time_limit_terminates: bool = False,
+        image_steps: int | None = None,
     ) -> None:
         """``seed`` serves a first `reset` without one; ``training``: a running normalization learns here.
 
+        An observation is the state of the last ``obs_steps`` steps and the images of the last ``image_steps``, or of as
+        many.
         With ``time_limit_terminates`` an episode that reaches its time limit counts as terminated.
         """
         self.num_envs = simulator.num_envs
-        self.obs_shapes: ObsShapes = {name: (obs_steps, *shape) for name, shape in simulator.obs_shapes.items()}
+        self.obs_shapes: ObsShapes = {
+            name: (obs_steps if name == "state" or image_steps is None else image_steps, *shape)
+            for name, shape in simulator.obs_shapes.items()
+        }
         self.action_dim = len(simulator.action_low)
         self.act_steps = act_steps
         self.max_episode_steps = max_episode_steps

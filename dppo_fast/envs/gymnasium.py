@@ -23,7 +23,9 @@ def make(task_id: str, config: EnvConfig) -> GymnasiumSimulator:
 
 
 class GymnasiumSimulator:
-    """A `Simulator` of any id with Box actions, and a Box observation or a Dict of ``state`` and cameras [C, H, W]."""
+    """A `Simulator` of any id with Box actions, and a Box observation or a Dict of ``state`` and cameras, [C, H, W] or
+    [H, W, C].
+    """
 
     def __init__(self, task_id: str, num_envs: int) -> None:
         spec = gymnasium.spec(task_id)
@@ -61,9 +63,15 @@ class GymnasiumSimulator:
             env.close()
 
     def _stack(self, rows: Any) -> dict[str, Array]:
-        if isinstance(rows[0], dict):
-            return {name: np.stack([row[name] for row in rows]) for name in self.obs_shapes}
-        return {"state": np.stack(rows)}
+        if not isinstance(rows[0], dict):
+            return {"state": np.stack(rows)}
+        obs = {name: np.stack([row[name] for row in rows]) for name in self.obs_shapes}
+        return {name: np.moveaxis(x, -1, 1) if _channels_last(x.shape[1:]) else x for name, x in obs.items()}
+
+
+def _channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether this is [H, W, C], and not [C, H, W]: an image has more pixels a side than channels."""
+    return len(shape) == 3 and shape[2] < shape[0]
 
 
 def box_spaces(
@@ -76,9 +84,10 @@ def box_spaces(
         if not isinstance(space, Box) or len(space.shape) != rank or space.dtype.kind != kind:
             raise UserError(
                 f"env.id={task_id}: observation {name} is {space}; needed are state [Do] floating point and, "
-                "where there are cameras, [C, H, W] uint8"
+                "where there are cameras, [C, H, W] or [H, W, C] uint8"
             )
     if not isinstance(action_space, Box) or len(action_space.shape) != 1:
         raise UserError(f"env.id={task_id}: actions are {action_space}; needed is a Box of shape [Da]")
     shapes = {name: tuple(space.shape or ()) for name, space in spaces.items()}
+    shapes = {name: (shape[2], *shape[:2]) if _channels_last(shape) else shape for name, shape in shapes.items()}
     return shapes, action_space.low.astype(np.float64), action_space.high.astype(np.float64)

@@ -30,6 +30,7 @@ class EnvConfig:
     num_envs: int
     act_steps: int
     obs_steps: int = 1
+    image_steps: int = 1
     backend: str = "auto"
     max_episode_steps: int = 1000
     normalization: str = "none"

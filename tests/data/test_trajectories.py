@@ -51,15 +51,17 @@ def golden_windows() -> list[Any]:
 
 @pytest.mark.parametrize(("data", "case"), golden_windows())
 def test_windows_equal_the_reference(data: Case, case: Case) -> None:
-    trajectories = Trajectories(**data.sub(""))
-    dataset = ChunkDataset(
-        trajectories, case.cfg["horizon_steps"], case.cfg["cond_steps"], case.cfg.get("max_n_episodes")
-    )
+    trajectories = Trajectories(**data.sub("")).first(case.cfg.get("max_n_episodes"))
+    sizes = case.cfg["horizon_steps"], case.cfg["cond_steps"]
+    dataset = ChunkDataset(trajectories, *sizes, image_steps=case.cfg.get("img_cond_steps"))
     obs, action = dataset.batch(torch.arange(len(dataset)))
     np.testing.assert_array_equal(torch.stack([dataset.start, dataset.since_start], 1), case["indices_start_before"])
     np.testing.assert_array_equal(action, case["actions"])
-    np.testing.assert_array_equal(obs["state"], case["state"])
-    assert dataset.obs_shapes == {"state": case["state"].shape[1:]}
+    seen = {name: case[name] for name in ("state", "rgb") if name in case}
+    assert obs.keys() == seen.keys()
+    for name, value in seen.items():
+        np.testing.assert_array_equal(obs[name], value)
+    assert dataset.obs_shapes == {name: value.shape[1:] for name, value in seen.items()}
     assert dataset.action_dim == case["actions"].shape[-1]
 
 
@@ -73,11 +75,11 @@ def test_windows_equal_the_reference(data: Case, case: Case) -> None:
 def test_windows_stay_inside_their_trajectory(
     lengths: list[int], horizon: int, obs_steps: int, max_episodes: int | None
 ) -> None:
-    trajectories = Trajectories(**arrays(lengths))
+    trajectories = Trajectories(**arrays(lengths)).first(max_episodes)
     used = lengths[:max_episodes]
     if horizon > max(used):
         with pytest.raises(UserError, match=f"horizon_steps={horizon} is longer than .*; at most {max(used)} fits"):
-            ChunkDataset(trajectories, horizon, obs_steps, max_episodes)
+            ChunkDataset(trajectories, horizon, obs_steps)
         return
     expected = []
     for e, length in enumerate(used):
@@ -85,7 +87,7 @@ def test_windows_stay_inside_their_trajectory(
         for i in range(length - horizon + 1):
             history = [first + max(i - age, 0) for age in reversed(range(obs_steps))]
             expected.append((trajectories.states[history], trajectories.actions[first + i : first + i + horizon]))
-    dataset = ChunkDataset(trajectories, horizon, obs_steps, max_episodes)
+    dataset = ChunkDataset(trajectories, horizon, obs_steps)
     assert len(dataset) == len(expected)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     obs, action = dataset.batch(order)
@@ -93,11 +95,32 @@ def test_windows_stay_inside_their_trajectory(
     np.testing.assert_array_equal(action, np.stack([expected[i][1] for i in order]))
 
 
-@pytest.mark.parametrize("key", ["horizon_steps", "cond_steps", "max_n_episodes"])
+def test_images_are_read_when_they_are_looked_at(tmp_path: Path) -> None:
+    path, data = tmp_path / "train.npz", arrays([3, 5])
+    for compressed in (True, False):
+        Trajectories(**data).save(path, compressed=compressed)
+        images = Trajectories.load(path).images
+        np.testing.assert_array_equal(images, data["images"])
+        assert isinstance(images.base, np.memmap) == (not compressed)
+    content = path.read_bytes()
+    last = data["images"][-1].tobytes()
+    assert content.count(last) == 1
+    path.write_bytes(content.replace(last, bytes(len(last))))
+    np.testing.assert_array_equal(images[-1], 0)
+
+
+def test_images_that_are_not_there_are_missed() -> None:
+    data = arrays([4])
+    del data["images"]
+    with pytest.raises(UserError, match="img_cond_steps=1: the data has no images"):
+        ChunkDataset(Trajectories(**data), 2, 1, image_steps=1)
+
+
+@pytest.mark.parametrize("key", ["horizon_steps", "cond_steps"])
 def test_sizes_below_one_are_refused(key: str) -> None:
-    sizes = {"horizon_steps": 2, "cond_steps": 1, "max_n_episodes": 1} | {key: 0}
+    sizes = {"horizon_steps": 2, "cond_steps": 1} | {key: 0}
     with pytest.raises(UserError, match=f"{key}=0: must be at least 1"):
-        ChunkDataset(Trajectories(**arrays([4])), sizes["horizon_steps"], sizes["cond_steps"], sizes["max_n_episodes"])
+        ChunkDataset(Trajectories(**arrays([4])), sizes["horizon_steps"], sizes["cond_steps"])
 
 
 @settings(deadline=None, max_examples=50)

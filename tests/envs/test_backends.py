@@ -210,7 +210,9 @@ def test_a_gymnasium_env_of_ones_own_with_a_camera(tmp_path: Path) -> None:
     gymnasium.register("Camera-v0", Camera)
     path = tmp_path / "normalization.npz"
     MinMax([-1, -1], [1, 1], [-2, -2], [2, 2]).save(path)
-    config = EnvConfig(id=f"{__name__}:Camera-v0", num_envs=2, act_steps=2, obs_steps=3, normalization=str(path))
+    config = EnvConfig(
+        id=f"{__name__}:Camera-v0", num_envs=2, act_steps=2, obs_steps=3, image_steps=3, normalization=str(path)
+    )
     with opened(config) as env:
         assert env.obs_shapes == {"state": (3, 2), "wrist": (3, 3, 4, 5)}
         env.reset()
