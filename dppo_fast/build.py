@@ -4,9 +4,11 @@ classes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +17,56 @@ from omegaconf import MISSING
 from torch import nn
 
 from dppo_fast.algorithms import ALGORITHMS
+from dppo_fast.algorithms.base import OnlineAlgorithm
 from dppo_fast.algorithms.bc import BCConfig, BehaviourCloning
-from dppo_fast.algorithms.dppo import DPPO
-from dppo_fast.algorithms.ppo import PPO, PPOConfig
-from dppo_fast.buffer import RolloutBuffer
+from dppo_fast.algorithms.parts import Parts
 from dppo_fast.checkpoint import CheckpointError, PolicyWeights, load_policy_weights, load_weights
 from dppo_fast.config import choose, construct, naming, resolve_path, typed
 from dppo_fast.data.trajectories import ChunkDataset, Trajectories
 from dppo_fast.envs import ChunkEnv, EnvConfig, make_env
 from dppo_fast.envs.normalize import Normalization, normalization_from_state
 from dppo_fast.evaluator import Evaluator
-from dppo_fast.networks.critic import CriticObs
+from dppo_fast.networks.critic import CriticObs, CriticObsAct
 from dppo_fast.networks.eta import Eta, EtaAction, EtaFixed, EtaState, EtaStateAction
+from dppo_fast.networks.gmm import GMMMLP
 from dppo_fast.networks.mlp import DiffusionMLP, GaussianMLP
+from dppo_fast.networks.transformer import GaussianTransformer, GMMTransformer
+from dppo_fast.networks.unet1d import Unet1D
+from dppo_fast.networks.vision import (
+    Vision,
+    VisionDiffusionMLP,
+    VisionGaussianMLP,
+    VisionGMMMLP,
+    VisionUnet1D,
+    ViTCritic,
+)
 from dppo_fast.policies.base import Policy
 from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
-from dppo_fast.policies.gaussian import GaussianConfig, GaussianPolicy
+from dppo_fast.policies.gaussian import DensityPolicy, GaussianConfig, GaussianPolicy
+from dppo_fast.policies.gmm import GMMPolicy
+from dppo_fast.policies.probability_flow import FlowPolicy, FlowPolicyConfig
+from dppo_fast.policies.squashed import SquashedGaussianPolicy
 from dppo_fast.rollout import Collector, EpisodeStatistics
 from dppo_fast.runtime.graph import use_graphs
+from dppo_fast.runtime.memory import describe_memory
 from dppo_fast.runtime.precision import pick_recipe
 from dppo_fast.trainer import TrainConfig, Trainer
 from dppo_fast.types import NoiseStream, ObsShapes, UserError, require_ranges
 
-NETWORKS: dict[str, type[nn.Module]] = {"diffusion_mlp": DiffusionMLP, "gaussian_mlp": GaussianMLP}
-CRITICS: dict[str, type[nn.Module]] = {"mlp": CriticObs}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "diffusion_mlp": DiffusionMLP,
+    "diffusion_vision_mlp": VisionDiffusionMLP,
+    "diffusion_vision_unet": VisionUnet1D,
+    "gaussian_mlp": GaussianMLP,
+    "gaussian_transformer": GaussianTransformer,
+    "gaussian_vision_mlp": VisionGaussianMLP,
+    "gmm_mlp": GMMMLP,
+    "gmm_transformer": GMMTransformer,
+    "gmm_vision_mlp": VisionGMMMLP,
+    "unet1d": Unet1D,
+}
+CRITICS: dict[str, type[nn.Module]] = {"mlp": CriticObs, "vit": ViTCritic}
+ACTION_CRITICS: dict[str, type[nn.Module]] = {"mlp": CriticObsAct}
 ETAS: dict[str, type[Eta]] = {
     "fixed": EtaFixed,
     "action": EtaAction,
@@ -52,16 +80,21 @@ EVALUATION_SEED_OFFSET = 1_000_003
 
 @dataclass
 class TaskConfig:
-    """What is shared by training and evaluation: chunk lengths and what counts as success."""
+    """What is shared by training and evaluation: chunk lengths and what counts as success.
+
+    A policy sees the states of the last ``cond_steps`` steps, and where it sees images those of ``img_cond_steps``.
+    """
 
     horizon_steps: int = 4
     act_steps: int = 4
     cond_steps: int = 1
+    img_cond_steps: int = 1
     best_reward_threshold_for_success: float = math.inf
     sparse_reward: bool = False
 
     def __post_init__(self) -> None:
-        require_ranges(self, "task", dict.fromkeys(("horizon_steps", "act_steps", "cond_steps"), "[1, inf)"))
+        steps = ("horizon_steps", "act_steps", "cond_steps", "img_cond_steps")
+        require_ranges(self, "task", dict.fromkeys(steps, "[1, inf)"))
         if self.act_steps > self.horizon_steps:
             raise UserError(
                 f"task.act_steps={self.act_steps} is longer than task.horizon_steps={self.horizon_steps}, the chunk "
@@ -157,15 +190,28 @@ def pick_device(name: str) -> torch.device:
 def build_network(network: Mapping[str, Any], obs_shapes: ObsShapes, action_dim: int, horizon_steps: int) -> nn.Module:
     arguments = dict(network)
     cls = choose(NETWORKS, arguments.pop("name", None), "policy.network.name")
-    cond_dim = math.prod(obs_shapes["state"])
-    return construct(
-        cls, arguments, "policy.network", action_dim=action_dim, horizon_steps=horizon_steps, cond_dim=cond_dim
-    )
+    dims = {"action_dim": action_dim, "horizon_steps": horizon_steps, **_seen(cls, obs_shapes)}
+    return construct(cls, arguments, "policy.network", **dims)
 
 
-def build_diffusion(config: RunConfig, network: nn.Module, obs_shapes: ObsShapes, action_dim: int) -> DiffusionPolicy:
+def _seen(cls: type[nn.Module], obs_shapes: ObsShapes) -> dict[str, Any]:
+    """What a network has to know of the observations."""
+    dims: dict[str, Any] = {"cond_dim": math.prod(obs_shapes["state"])}
+    if issubclass(cls, Vision):
+        dims["image_shapes"] = {name: shape for name, shape in obs_shapes.items() if name != "state"}
+    return dims
+
+
+def build_diffusion(
+    schema: type[DiffusionConfig],
+    make: Callable[..., DiffusionPolicy],
+    config: RunConfig,
+    network: nn.Module,
+    obs_shapes: ObsShapes,
+    action_dim: int,
+) -> DiffusionPolicy:
     options = {"reward_horizon": config.task.act_steps, **config.policy.options}
-    chain = typed(DiffusionConfig, options, "policy.options")
+    chain = typed(schema, options, "policy.options")
     eta = None
     if config.policy.eta is not None:
         arguments = dict(config.policy.eta)
@@ -175,17 +221,27 @@ def build_diffusion(config: RunConfig, network: nn.Module, obs_shapes: ObsShapes
             dims["input_dim"] = math.prod(obs_shapes["state"])
         eta = construct(cls, arguments, "policy.eta", **dims)
     with naming("policy.options"):
-        return DiffusionPolicy(network, chain, config.task.horizon_steps, action_dim, eta)
+        return make(network, chain, config.task.horizon_steps, action_dim, eta)
 
 
-def build_gaussian(config: RunConfig, network: nn.Module, obs_shapes: ObsShapes, action_dim: int) -> GaussianPolicy:
+def build_flow(config: RunConfig, *parts: Any) -> DiffusionPolicy:
+    make = partial(FlowPolicy, reference=config.compat == "reference")
+    return build_diffusion(FlowPolicyConfig, make, config, *parts)
+
+
+def build_density(
+    cls: type[DensityPolicy], config: RunConfig, network: nn.Module, obs_shapes: ObsShapes, action_dim: int
+) -> DensityPolicy:
     options = typed(GaussianConfig, config.policy.options, "policy.options")
-    return GaussianPolicy(network, options, config.task.horizon_steps, action_dim)
+    return cls(network, options, config.task.horizon_steps, action_dim, clamp_log_prob=config.compat == "reference")
 
 
 POLICIES: dict[str, Callable[[RunConfig, nn.Module, ObsShapes, int], Policy]] = {
-    "diffusion": build_diffusion,
-    "gaussian": build_gaussian,
+    "diffusion": partial(build_diffusion, DiffusionConfig, DiffusionPolicy),
+    "flow": build_flow,
+    "gaussian": partial(build_density, GaussianPolicy),
+    "gmm": partial(build_density, GMMPolicy),
+    "squashed_gaussian": partial(build_density, SquashedGaussianPolicy),
 }
 
 
@@ -203,7 +259,10 @@ def start_policy(config: RunConfig, obs_shapes: ObsShapes, action_dim: int, devi
     policy = build_policy(config, obs_shapes, action_dim, config.seed).to(device)
     if config.policy.checkpoint is not None:
         with naming("policy.checkpoint"):
-            load_base(policy, load_policy_weights(resolve_path(config.policy.checkpoint)))
+            weights = load_policy_weights(resolve_path(config.policy.checkpoint))
+            weights.require_dims(obs_shapes, action_dim)
+            load_base(policy, weights)
+        print(f"policy.checkpoint: {weights.describe()}")
     return policy
 
 
@@ -217,7 +276,9 @@ def load_base(policy: Policy, weights: PolicyWeights) -> None:
     trained = weights.actor if isinstance(policy, DiffusionPolicy) else weights.actor_ft or weights.actor
     for network in (policy.actor, policy.actor_ft):
         if network is not None:
-            load_weights(network, trained, weights.source)
+            # fine-tuning may learn a std that pre-training had fixed
+            start = {name: value for name, value in network.state_dict().items() if name == "logvar"}
+            load_weights(network, {**start, **trained}, weights.source)
 
 
 def load_trained(policy: Policy, weights: PolicyWeights) -> None:
@@ -236,7 +297,13 @@ def env_config(config: RunConfig, num_envs: int | None = None) -> EnvConfig:
     """The environment's configuration, chunk lengths taken from the task."""
     if config.env is None:
         raise UserError("env is missing: this configuration has no environment")
-    node = {**config.env, "act_steps": config.task.act_steps, "obs_steps": config.task.cond_steps}
+    task = config.task
+    node = {
+        **config.env,
+        "act_steps": task.act_steps,
+        "obs_steps": task.cond_steps,
+        "image_steps": task.img_cond_steps,
+    }
     if num_envs is not None:
         node["num_envs"] = num_envs
     if config.compat == "reference":
@@ -260,22 +327,25 @@ def _build_offline(
     config: RunConfig, run: Path, device: torch.device, generator: torch.Generator, run_config: Mapping[str, Any] | None
 ) -> Trainer:
     bc = typed(BCConfig, _options(config.algorithm), "algorithm")
-    if config.data.path is None:
-        raise UserError("data.path is missing: give the demonstrations' npz file")
-    with naming("data.path"):
-        path = resolve_path(config.data.path)
-        trajectories = Trajectories.load(path)
-    task = config.task
+    trajectories, path, task = _trajectories(config), str(config.data.path), config.task
     with naming("task"):
-        dataset = ChunkDataset(trajectories, task.horizon_steps, task.cond_steps, config.data.max_n_episodes, device)
+        vision = issubclass(choose(NETWORKS, config.policy.network.get("name"), "policy.network.name"), Vision)
+        dataset = ChunkDataset(
+            trajectories,
+            task.horizon_steps,
+            task.cond_steps,
+            device,
+            task.img_cond_steps if vision else None,
+        )
     if bc.batch_size > len(dataset):
         raise UserError(f"algorithm.batch_size={bc.batch_size} is larger than the {len(dataset)} windows of {path}")
     policy = start_policy(config, dataset.obs_shapes, dataset.action_dim, device)
     if isinstance(policy, DiffusionPolicy) and policy.ft_steps:
         raise UserError(f"policy.options.ft_denoising_steps={policy.ft_steps} is for fine-tuning; pre-training needs 0")
-    policy.generator = generator
     algorithm = BehaviourCloning(policy, bc, dataset)
-    algorithm.generator = generator
+    with torch.random.fork_rng(devices=[]):
+        introduction = describe_memory(algorithm.memory())
+    policy.generator = algorithm.generator = generator
     evaluator = normalization = None
     if config.env is not None:
         env = make_env(env_config(config, num_envs=1), device, config.seed)
@@ -284,63 +354,82 @@ def _build_offline(
         normalization = env.normalization
         if config.train.val_freq:
             evaluator = _evaluator(config, device, normalization)
-    interface = _interface(policy, dataset.obs_shapes, normalization)
-    return Trainer(algorithm, config.train, run, generator, None, evaluator, interface, run_config)
+    interface = interface_of(policy, dataset.obs_shapes, normalization)
+    return Trainer(algorithm, config.train, run, generator, None, evaluator, interface, run_config, introduction)
 
 
 def _build_online(
     config: RunConfig, run: Path, device: torch.device, generator: torch.Generator, run_config: Mapping[str, Any] | None
 ) -> Trainer:
-    cls, schema = ALGORITHMS[config.algorithm["name"]]
-    assert issubclass(cls, PPO)
-    options: PPOConfig = typed(schema, _options(config.algorithm), "algorithm")
+    name, task, train = config.algorithm["name"], config.task, config.train
+    cls, schema = ALGORITHMS[name]
+    assert issubclass(cls, OnlineAlgorithm)
+    options: Any = typed(schema, _options(config.algorithm), "algorithm")
     reference = config.compat == "reference"
-    train = config.train
     if reference:
-        train = TrainConfig(**{**vars(train), "evaluate_in_place": True})
+        train = replace(train, evaluate_in_place=True)
     env = make_env(env_config(config), device, config.seed)
     policy = start_policy(config, env.obs_shapes, env.action_dim, device)
-    if issubclass(cls, DPPO) != isinstance(policy, DiffusionPolicy):
+    if not isinstance(policy, cls.trains):
         raise UserError(
-            f"algorithm.name={config.algorithm['name']} does not fit policy.name={config.policy.name}: dppo trains "
-            "diffusion policies, ppo the others"
+            f"algorithm.name={name} does not fit policy.name={config.policy.name}: it trains a {cls.trains.__name__}, "
+            f"not a {type(policy).__name__}"
         )
-    if policy.decisions < 1:
-        raise UserError("policy.options.ft_denoising_steps=0: fine-tuning needs at least 1")
-    pairs = train.n_steps * env.num_envs * policy.decisions
-    if options.batch_size > pairs:
-        raise UserError(
-            f"algorithm.batch_size={options.batch_size} is larger than the {pairs} pairs of one iteration "
-            f"(train.n_steps={train.n_steps} x env.num_envs={env.num_envs} x {policy.decisions} scored parts)"
-        )
-    policy.generator, policy.noise = generator, NoiseStream(config.seed)
-    graphs = use_graphs(config.graphs, device)
-    recipe = pick_recipe(config.precision, device)
+    parts = _parts(config, env, policy, device, generator)
     if isinstance(policy, DiffusionPolicy):
-        policy.sampler.enabled = graphs
-        policy.recipe = recipe
-    critic = _build_critic(config, env.obs_shapes, config.seed + 1).to(device)
-    buffer = RolloutBuffer(train.n_steps, env.num_envs, device)
-    algorithm = cls(policy, critic, options, buffer, bootstrap_truncated=not reference)
-    algorithm.generator = generator
-    algorithm.recipe = recipe
-    algorithm.learn.enabled = graphs and not options.use_bc_loss  # whose draws a graph would repeat
-    task = config.task
+        policy.sampler.enabled, policy.recipe = parts.graphs, parts.recipe
+    algorithm = cls.build(options, parts)
+    introduction = describe_memory(algorithm.memory(env.obs_shapes))
+    policy.generator, policy.noise = generator, NoiseStream(config.seed)
     statistics = EpisodeStatistics(
         env.num_envs, env.act_steps, task.best_reward_threshold_for_success, task.sparse_reward, whole_only=reference
     )
-    collector = Collector(env, policy, statistics)
+    collector = Collector(env, algorithm.actor, statistics)
     evaluator = None if reference or not train.val_freq else _evaluator(config, device, env.normalization)
-    interface = _interface(policy, env.obs_shapes, env.normalization)
-    return Trainer(algorithm, train, run, generator, collector, evaluator, interface, run_config)
+    interface = interface_of(policy, env.obs_shapes, env.normalization)
+    return Trainer(algorithm, train, run, generator, collector, evaluator, interface, run_config, introduction)
 
 
-def _build_critic(config: RunConfig, obs_shapes: ObsShapes, seed: int) -> nn.Module:
-    arguments = dict(config.critic or {})
-    cls = choose(CRITICS, arguments.pop("name", "mlp"), "critic.name")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return construct(cls, arguments, "critic", cond_dim=math.prod(obs_shapes["state"]))
+def _parts(config: RunConfig, env: ChunkEnv, policy: Policy, device: torch.device, generator: torch.Generator) -> Parts:
+    """What the configuration gives the algorithm."""
+    seeds, task = itertools.count(config.seed + 1), config.task
+
+    def critic(registry: Mapping[str, type[nn.Module]], dims: Mapping[str, int], **first: Any) -> nn.Module:
+        arguments = {**(config.critic or {}), **first}
+        cls = choose(registry, arguments.pop("name", "mlp"), "critic.name")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(next(seeds))
+            return construct(cls, arguments, "critic", **_seen(cls, env.obs_shapes), **dims).to(device)
+
+    def trajectories() -> Trajectories:
+        found = _trajectories(config)
+        obs_shapes = {"state": (task.cond_steps, found.state_dim)}
+        _require_same_dims(str(config.data.path), obs_shapes, found.action_dim, env)
+        return found
+
+    return Parts(
+        policy,
+        partial(critic, CRITICS, {}),
+        partial(critic, ACTION_CRITICS, {"action_dim": env.action_dim, "action_steps": task.act_steps}),
+        trajectories,
+        env.num_envs,
+        config.train.n_steps,
+        task.act_steps,
+        task.cond_steps,
+        device,
+        generator,
+        use_graphs(config.graphs, device),
+        pick_recipe(config.precision, device),
+        config.compat == "reference",
+    )
+
+
+def _trajectories(config: RunConfig) -> Trajectories:
+    """The demonstrations that the configuration names."""
+    if config.data.path is None:
+        raise UserError("data.path is missing: give the demonstrations' npz file")
+    with naming("data.path"):
+        return Trajectories.load(resolve_path(config.data.path)).first(config.data.max_n_episodes)
 
 
 def _evaluator(config: RunConfig, device: torch.device, normalization: Normalization) -> Evaluator:
@@ -356,7 +445,8 @@ def _evaluator(config: RunConfig, device: torch.device, normalization: Normaliza
 
 
 def _require_same_dims(path: str, obs_shapes: ObsShapes, action_dim: int, env: ChunkEnv) -> None:
-    data, simulated = (dict(obs_shapes), action_dim), (dict(env.obs_shapes), env.action_dim)
+    seen = {name: shape for name, shape in env.obs_shapes.items() if name in obs_shapes}
+    data, simulated = (dict(obs_shapes), action_dim), (seen, env.action_dim)
     if data != simulated:
         raise UserError(
             f"data.path={path} has observations {data[0]} and {data[1]} action dims, the environment "
@@ -368,14 +458,14 @@ def _options(node: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in node.items() if key != "name"}
 
 
-def _interface(
+def interface_of(
     policy: Policy, obs_shapes: ObsShapes, normalization: Normalization | None
 ) -> Callable[[], Mapping[str, Any]]:
     """What a checkpoint tells, as ``interface``, to those who only use its policy."""
     return lambda: {
         "obs_shapes": dict(obs_shapes),
         "action_dim": policy.action_dim,
-        "ft_steps": policy.decisions,
+        "ft_steps": policy.ft_steps if isinstance(policy, DiffusionPolicy) else policy.decisions,
         "normalization": None if normalization is None else normalization.state_dict(),
     }
 
@@ -387,6 +477,7 @@ class LoadedPolicy:
     policy: Policy
     config: RunConfig
     normalization: Normalization | None
+    obs_shapes: ObsShapes
     source: str
 
     def make_env(self, num_envs: int, device: torch.device, seed: int, act_steps: int | None = None) -> ChunkEnv:
@@ -408,4 +499,4 @@ def load_policy(path: str | Path, device: torch.device) -> LoadedPolicy:
     load_trained(policy, weights)
     saved = interface["normalization"]
     normalization = None if saved is None else normalization_from_state(saved)
-    return LoadedPolicy(policy, config, normalization, weights.source)
+    return LoadedPolicy(policy, config, normalization, obs_shapes, weights.source)

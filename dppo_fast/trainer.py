@@ -14,6 +14,7 @@ from torch import Tensor
 from dppo_fast.algorithms.base import Algorithm
 from dppo_fast.checkpoint import Checkpoint, CheckpointError, checkpoint_path, checkpoints, load_weights, prune
 from dppo_fast.evaluator import Evaluator
+from dppo_fast.journal import Journal
 from dppo_fast.log import RunLog
 from dppo_fast.rollout import Collector
 from dppo_fast.runtime.profile import PhaseTimer
@@ -66,9 +67,10 @@ class Trainer:
         evaluator: Evaluator | None = None,
         interface: Callable[[], Mapping[str, Any]] = dict,
         run_config: Mapping[str, Any] | None = None,
+        introduction: str = "",
     ) -> None:
         """``generator`` is the source of all randomness in the algorithm; ``interface`` gives what else a checkpoint
-        should hold for those who only use the policy.
+        should hold for those who only use the policy; ``introduction`` is printed before training.
         """
         self.algorithm = algorithm
         self.config = config
@@ -78,6 +80,8 @@ class Trainer:
         self.evaluator = evaluator
         self.interface = interface
         self.run_config = run_config or {}
+        self.introduction = introduction
+        self.journal = None if algorithm.replay is None else Journal(run / "replay", algorithm.replay)
         self.iteration = 0
         self.started = False
         self.env_steps = 0
@@ -92,6 +96,8 @@ class Trainer:
     def train(self, log: RunLog) -> dict[str, float]:
         """Run the remaining iterations; returns the last row."""
         row: dict[str, float] = {}
+        if self.introduction:
+            print(self.introduction)
         if not self.started:
             row = self._start(log)
         while self.iteration < self.config.n_train_itr:
@@ -178,10 +184,13 @@ class Trainer:
             "algorithm": self.algorithm.state_dict(),
             "collector": None if self.collector is None else self.collector.state_dict(),
             "interface": self.interface(),
+            "replay": [] if self.journal is None else self.journal.save(self.iteration),
         }
         weights = {name: module.state_dict() for name, module in self.algorithm.modules().items()}
         Checkpoint(weights, state, self.run_config, self.iteration, self.algorithm.deployed).save(path)
-        prune(self.run, self.config.keep_checkpoints, self.config.save_model_freq)
+        oldest = prune(self.run, self.config.keep_checkpoints, self.config.save_model_freq)
+        if self.journal is not None:
+            self.journal.prune(oldest)
         return path
 
     def restore(self, path: Path) -> None:
@@ -198,6 +207,8 @@ class Trainer:
             if self.collector is not None:
                 self.collector.load_state_dict(state["collector"])
             self.algorithm.load_state_dict(state["algorithm"])
+            if self.journal is not None:
+                self.journal.load(state["replay"])
         except KeyError as error:
             raise CheckpointError(f"{path}: holds no state of {error}; resume with the run's own settings") from error
 

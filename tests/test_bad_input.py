@@ -23,6 +23,7 @@ from tests.runs import BC, PPO, demonstrations, train
 
 ROOT = Path(__file__).parent.parent
 FINETUNE, PRETRAIN = "quickstart", "gym/pretrain/hopper-medium-v2/pre_diffusion_mlp"
+SCRATCH = "gym/scratch/hopper-v2/ppo_gaussian_mlp"
 
 FailsWith = Callable[[Callable[[], int], str], None]
 
@@ -213,6 +214,7 @@ def test_arguments(
         (FINETUNE, "policy.network.time_dim=0", "policy.network: time_dim=0 must be"),
         (FINETUNE, "policy.options.denoising_steps=0", "policy.options.denoising_steps=0 must lie in"),
         (FINETUNE, "policy.options.ft_denoising_steps=99", "policy.options: ft_denoising_steps=99 must lie between"),
+        (SCRATCH, "algorithm.name=dppo", "algorithm.name=dppo does not fit policy.name=gaussian: it trains a"),
         (FINETUNE, "policy.options.ft_denoising_steps=0", "policy.options.ft_denoising_steps=0: fine-tuning needs"),
         (FINETUNE, "policy.options.ddim_steps=21", "policy.options: ddim_steps=21 must lie between"),
         (FINETUNE, "policy.options.randn_clip_value=-1", "policy.options.randn_clip_value=-1.0 must lie in"),
@@ -253,7 +255,7 @@ def test_arguments(
         (
             FINETUNE,
             "env.id=Walker2d-v4 env.normalization=none",
-            r"policy.checkpoint: .* shape .* this configuration needs",
+            r"policy.checkpoint: .* is of another task: it has .*\[1, 11\] and 3 .*\[1, 17\] and 6 action dims",
         ),
         (
             PRETRAIN,

@@ -16,7 +16,7 @@ from dppo_fast.checkpoint import load_policy_weights, load_weights
 from dppo_fast.cli import config_folder, config_names
 from dppo_fast.config import plain
 from dppo_fast.networks.eta import EtaAction, EtaFixed, EtaStateAction
-from dppo_fast.networks.mlp import DiffusionMLP, GaussianMLP
+from dppo_fast.networks.mlp import GaussianMLP
 from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from dppo_fast.policies.gaussian import GaussianConfig, GaussianPolicy
 from tests.golden_files import Case, golden_cases
@@ -25,6 +25,7 @@ from tests.golden_models import (
     base_weights,
     below,
     critic_mlp,
+    denoising_network,
     diffusion_cases,
     diffusion_mlp_options,
     diffusion_policy,
@@ -34,11 +35,13 @@ from tests.golden_models import (
     gaussian_of,
     is_diffusion_mlp,
     is_gaussian_mlp,
+    is_unet,
     observations,
     outputs,
     roots,
     shapes_of,
     trunk_options,
+    unet_options,
     weights_of,
 )
 from tests.tolerances import LOG_PROB, SAMPLE
@@ -56,17 +59,19 @@ def without_copies(shapes: Shapes) -> Shapes:
 
 
 def is_supported(case: Case) -> bool:
-    """Whether the model is a diffusion or Gaussian MLP with at most a state-value critic and an eta."""
+    """Whether the model is a diffusion MLP, a U-Net or a Gaussian MLP with at most a state-value critic and an eta."""
     shapes = shapes_in(case)
     base = roots(base_weights(shapes))
-    actor = is_diffusion_mlp(base) or is_gaussian_mlp(base)
+    actor = is_diffusion_mlp(base) or is_unet(base) or is_gaussian_mlp(base)
     others = roots(shapes) - {"network", "actor", "actor_ft", "eta", "critic"}
     return actor and not others and roots(below(shapes, "critic.")) <= {"Q1"}
 
 
 def network_options(shapes: Shapes, horizon_steps: int | None = None) -> dict[str, Any]:
-    """The arguments of the base policy's network; one step long unless its parameters or the caller tell."""
+    """The arguments of the base policy's network; as short as can be unless its parameters or the caller tell."""
     base = base_weights(shapes)
+    if is_unet(base):
+        return unet_options(base, horizon_steps or 2 ** len(roots(below(base, "up_modules."))))
     if not is_diffusion_mlp(base):
         return gaussian_mlp_options(base)
     chunk = outputs(base)
@@ -97,13 +102,15 @@ def build_model(shapes: Shapes) -> nn.ModuleDict:
     fine_tuned, arguments = "actor_ft" in roots(shapes), network_options(shapes)
     dims = arguments["horizon_steps"], arguments["action_dim"]
     policy: nn.Module
-    if is_diffusion_mlp(base_weights(shapes)):
-        config = DiffusionConfig(ft_denoising_steps=int(fine_tuned))
-        policy = DiffusionPolicy(DiffusionMLP(**arguments), config, *dims, build_eta(below(shapes, "eta.")))
-    else:
+    base = base_weights(shapes)
+    if is_gaussian_mlp(base):
         policy = GaussianPolicy(GaussianMLP(**arguments), GaussianConfig(), *dims)
         if not fine_tuned:
             policy.actor = policy.actor_ft
+    else:
+        config = DiffusionConfig(ft_denoising_steps=int(fine_tuned))
+        network = denoising_network(base, *dims)
+        policy = DiffusionPolicy(network, config, *dims, build_eta(below(shapes, "eta.")))
     critic = critic_mlp(below(shapes, "critic.")) if "critic" in roots(shapes) else None
     return modules_of(policy, critic, fine_tuned)
 

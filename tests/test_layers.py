@@ -29,16 +29,41 @@ ALLOWED = {
     "envs": "runtime types torch numpy",
     "envs.envpool": "envs envpool numpy",
     "envs.gymnasium": "envs types gymnasium numpy",
+    "replay": "buffer types torch",
+    "journal": "checkpoint replay",
     "data": "envs.normalize runtime types torch numpy",
-    "algorithms": "advantage algorithms.base buffer data kernels optim policies runtime types torch",
-    "algorithms.dppo": "algorithms.base algorithms.ppo buffer kernels optim policies types torch",
+    "data.transitions": "data.trajectories replay types torch numpy",
+    "algorithms": "advantage algorithms.base algorithms.parts buffer data kernels optim policies runtime types torch",
+    "algorithms.bc": "algorithms.base buffer data networks.vision optim policies runtime types torch",
+    "algorithms.ppo": (
+        "advantage algorithms.base algorithms.parts buffer kernels networks.vision optim policies runtime types torch"
+    ),
+    "algorithms.parts": "data policies runtime torch",
+    "algorithms.base": "algorithms.parts buffer policies replay types torch",
+    "algorithms.off_policy": "algorithms.base algorithms.parts buffer data optim policies replay runtime types torch",
+    "algorithms.calql": "algorithms.off_policy algorithms.parts algorithms.sac kernels optim replay types torch",
+    "algorithms.ibrl": "algorithms.off_policy algorithms.parts networks policies replay types torch",
+    "algorithms.weighted": "policies types torch",
+    "algorithms.rwr": "algorithms.base algorithms.parts algorithms.weighted buffer kernels optim runtime types torch",
+    "algorithms.awr": "advantage algorithms.off_policy algorithms.parts algorithms.weighted kernels replay types torch",
+    "algorithms.diffusion_q": "algorithms.off_policy algorithms.parts algorithms.weighted policies replay types torch",
+    "algorithms.dipo": "algorithms.diffusion_q algorithms.parts replay types torch",
+    "algorithms.idql": "algorithms.diffusion_q algorithms.parts replay types torch",
+    "algorithms.dql": "algorithms.diffusion_q algorithms.parts replay types torch",
+    "algorithms.qsm": "algorithms.diffusion_q algorithms.parts replay types torch",
+    "algorithms.exact_ppo": "algorithms.base algorithms.ppo policies types",
+    "algorithms.sac": "algorithms.off_policy algorithms.parts optim policies replay types torch",
+    "algorithms.rlpd": "algorithms.parts algorithms.sac networks types torch",
+    "algorithms.dppo": "algorithms.base algorithms.parts algorithms.ppo buffer kernels optim policies types torch",
     "algorithms.__init__": "algorithms",
     "rollout": "buffer types torch numpy",
     "evaluator": "types torch numpy",
     "checkpoint": "runtime types torch numpy safetensors",
     "log": "runtime types rich",
     "plot": "log runtime types matplotlib numpy",
-    "trainer": "algorithms.base checkpoint evaluator log rollout runtime types torch",
+    "trainer": "algorithms.base checkpoint evaluator journal log rollout runtime types torch",
+    "accelerated": "advantage algorithms.dppo diffusion kernels networks policies runtime types torch",
+    "deploy": "build envs.normalize policies types torch numpy",
     "config": "types omegaconf",
     "cli": "config types hydra omegaconf",
 }
@@ -46,7 +71,7 @@ ALLOWED = {
 that fits holds. The modules of a package may import each other, but for the algorithms.
 """
 
-TOP = {"__init__", "build", "train", "evaluate", "collect", "publish"}
+TOP = {"__init__", "build", "train", "evaluate", "collect", "publish", "convert", "latency", "export"}
 """May import everything."""
 
 

@@ -237,7 +237,7 @@ def test_no_waiting_inside_an_update(
     policy = make()
     learner = algorithm(policy, rollout(policy, steps=6), **options)
     assert learner.buffer.truncated.any()
-    learner.stop_on_host = False
+    learner.on_host = False
     with no_host_sync():
         metrics = learner.update(0)
     assert all(torch.isfinite(torch.as_tensor(value)) for value in metrics.values())

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from dppo_fast.algorithms.parts import Parts
 from dppo_fast.buffer import RolloutBuffer
-from dppo_fast.types import Actor, Metrics
+from dppo_fast.policies.base import Policy
+from dppo_fast.replay import ReplayBuffer
+from dppo_fast.types import Actor, Metrics, ObsShapes
 
 
 class Algorithm(ABC):
     """How to learn. ``actor`` decides, ``buffer`` receives what the trainer collects, ``update`` learns from it.
 
-    ``deployed`` names the one of ``modules()`` whose weights evaluation and fine-tuning start from.
+    ``deployed`` names the one of ``modules()`` whose weights evaluation and fine-tuning start from. ``replay`` is what
+    a checkpoint holds beside ``state_dict``, as changes since the one before.
     """
 
     actor: Actor
     buffer: RolloutBuffer | None = None
+    replay: ReplayBuffer | None = None
     deployed: str = "policy"
 
     @abstractmethod
@@ -43,3 +48,18 @@ class Algorithm(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class OnlineAlgorithm(Algorithm):
+    """An algorithm that learns from what its actor collects; ``trains`` is the kind of policy that it can train."""
+
+    trains: ClassVar[type] = Policy
+
+    @classmethod
+    @abstractmethod
+    def build(cls, options: Any, parts: Parts) -> Self:
+        """Put together for a run; ``options`` is the algorithm's config. Raises UserError where the two do not fit."""
+
+    @abstractmethod
+    def memory(self, obs_shapes: ObsShapes) -> dict[str, int]:
+        """The bytes that it needs, by what for."""

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from dppo_fast.algorithms.base import Algorithm
 from dppo_fast.data.trajectories import ChunkDataset, epoch_batches
+from dppo_fast.networks.vision import RandomShift
 from dppo_fast.optim import EMA, LRConfig, Trainable
 from dppo_fast.policies.base import Policy
+from dppo_fast.runtime.memory import activation_bytes
 from dppo_fast.types import Metrics, Obs, require_ranges
 
 
@@ -21,7 +23,8 @@ class BCConfig:
     """Hyperparameters; keys as in the reference.
 
     The average is a copy of the weights before epoch ``epoch_start_ema``, and from then on is updated every
-    ``update_ema_freq`` batches, counted over the whole run. ``ent_coef`` rewards a Gaussian's entropy.
+    ``update_ema_freq`` batches, counted over the whole run. ``ent_coef`` rewards a Gaussian's entropy. ``augment``
+    shifts the images of every minibatch at random.
     """
 
     batch_size: int = 128
@@ -32,6 +35,7 @@ class BCConfig:
     epoch_start_ema: int = 20
     update_ema_freq: int = 10
     ent_coef: float = 0.0
+    augment: bool = False
 
     def __post_init__(self) -> None:
         ranges = {
@@ -57,6 +61,7 @@ class BehaviourCloning(Algorithm):
         self.config = config
         self.dataset = dataset
         self.generator = torch.Generator()
+        self.augment = RandomShift()
         self.epoch_batches: Callable[[], Iterable[Tensor]] = self._epoch_batches
         self.ema = EMA(policy, config.ema_decay)
         self.actor = self.ema.average
@@ -74,6 +79,8 @@ class BehaviourCloning(Algorithm):
         """One optimizer step and, where it is due, one of the average; returns the loss."""
         c = self.config
         self.trainable.zero_grad()
+        if c.augment:
+            obs = self.augment(obs, self.policy.generator)
         loss = self.policy.cloning_loss(obs, action)
         if c.ent_coef:
             loss = loss - c.ent_coef * self.policy.entropy(obs)
@@ -92,6 +99,19 @@ class BehaviourCloning(Algorithm):
 
     def _epoch_batches(self) -> Iterable[Tensor]:
         return epoch_batches(len(self.dataset), self.config.batch_size, self.generator)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of all weights with their average, gradients and moments, and, estimated from one window, of what the
+        backward pass of a minibatch keeps.
+        """
+        parameters = list(self.policy.parameters())
+        obs, action = self.dataset.batch(torch.zeros(1, dtype=torch.int64))
+        window = activation_bytes(lambda: self.policy.cloning_loss(obs, action), parameters)
+        windows = self.config.batch_size
+        return {
+            "weights": sum(p.nbytes * (5 if p.requires_grad else 2) for p in parameters),
+            f"activations of {windows} windows": windows * window,
+        }
 
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy, "ema": self.ema.average}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from dppo_fast.algorithms.parts import Parts
 from dppo_fast.algorithms.ppo import PPO, PPOConfig
 from dppo_fast.buffer import RolloutBuffer
 from dppo_fast.kernels.ppo_loss import PolicyLoss, chain_ppo_loss, ppo_loss
 from dppo_fast.optim import LRConfig, Trainable
 from dppo_fast.policies.diffusion import DiffusionPolicy
-from dppo_fast.types import Obs, Record, require_ranges
+from dppo_fast.policies.probability_flow import FlowPolicy
+from dppo_fast.types import Obs, Record, UserError, require_ranges
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,63 @@ class DPPOConfig(PPOConfig):
         self.eta_lr_scheduler.require_valid("algorithm.eta_lr_scheduler")
 
 
+def step_tables(config: DPPOConfig, F: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[F] weights of the advantage and [F] clip ranges of the fine-tuned steps."""
+    k = torch.arange(F, device=device)
+    share = k / (F - 1) if F > 1 else torch.ones(1, device=device)
+    growth = torch.expm1(config.clip_ploss_coef_rate * share) / math.expm1(config.clip_ploss_coef_rate)
+    clip = config.clip_ploss_coef_base + (config.clip_ploss_coef - config.clip_ploss_coef_base) * growth
+    return config.gamma_denoising ** (F - 1 - k).float(), clip
+
+
+def chain_policy_loss(
+    policy: DiffusionPolicy,
+    obs: Obs,
+    part: Record,
+    k: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    discount_table: Tensor,
+    clip_table: Tensor,
+) -> PolicyLoss:
+    """The clipped objective of fine-tuned steps ``k`` [B] with normalised advantages, in one pass over the transitions
+    where all of them share a schedule, which learned etas give up.
+    """
+    if policy.eta_of(obs) is not None:
+        log_prob = policy.log_prob(obs, part, k)
+        return ppo_loss(log_prob, old_log_prob, advantage * discount_table[k], clip_table[k])
+    return chain_ppo_loss(
+        policy.predict(obs, part["x"], k),
+        part["x"],
+        part["x_next"],
+        old_log_prob,
+        advantage,
+        k,
+        policy.schedule.table[policy.first_ft_step :],
+        clip_table,
+        discount_table,
+        policy.min_log_prob_std,
+        policy.reward_horizon,
+        policy.clips.x0,
+        policy.clips.eps,
+    )
+
+
 class DPPO(PPO):
     """PPO whose parts are the F fine-tuned denoising steps; k = 0 is the earliest.
 
     Advantages are discounted by gamma_denoising^(F-1-k); the clip range grows exponentially with k.
     """
 
+    trains = DiffusionPolicy
     policy: DiffusionPolicy
     config: DPPOConfig
+
+    @classmethod
+    def build(cls, options: PPOConfig, parts: Parts) -> Self:
+        if isinstance(parts.policy, FlowPolicy):
+            raise UserError("policy.name=flow has no denoising steps to score; use algorithm.name=exact_ppo")
+        return super().build(options, parts)
 
     def __init__(
         self,
@@ -72,8 +123,9 @@ class DPPO(PPO):
         config: DPPOConfig,
         buffer: RolloutBuffer,
         bootstrap_truncated: bool = True,
+        shift_once: bool = False,
     ) -> None:
-        super().__init__(policy, critic, config, buffer, bootstrap_truncated)
+        super().__init__(policy, critic, config, buffer, bootstrap_truncated, shift_once)
         self.initial_min_sampling_std = policy.min_sampling_std
         if policy.config.learn_eta:
             assert policy.eta is not None
@@ -83,26 +135,8 @@ class DPPO(PPO):
         self._build_tables()
 
     def policy_loss(self, obs: Obs, part: Record, k: Tensor, old_log_prob: Tensor, advantage: Tensor) -> PolicyLoss:
-        """One pass over the transitions where all of them share a schedule, which learned etas give up."""
-        policy = self.policy
-        if policy.eta_of(obs) is not None:
-            log_prob = policy.log_prob(obs, part, k)
-            return ppo_loss(log_prob, old_log_prob, advantage * self.discount_table[k], self.clip_table[k])
-        return chain_ppo_loss(
-            policy.predict(obs, part["x"], k),
-            part["x"],
-            part["x_next"],
-            old_log_prob,
-            advantage,
-            k,
-            policy.schedule.table[policy.first_ft_step :],
-            self.clip_table,
-            self.discount_table,
-            policy.min_log_prob_std,
-            policy.reward_horizon,
-            policy.clips.x0,
-            policy.clips.eps,
-        )
+        tables = self.discount_table, self.clip_table
+        return chain_policy_loss(self.policy, obs, part, k, old_log_prob, advantage, *tables)
 
     def due(self, iteration: int, index: int) -> tuple[str, ...]:
         due = super().due(iteration, index)
@@ -128,12 +162,7 @@ class DPPO(PPO):
     def _build_tables(self) -> None:
         self.batch = None
         self.learn.forget()
-        c, F = self.config, self.policy.ft_steps
-        k = torch.arange(F, device=self.device)
-        self.discount_table = c.gamma_denoising ** (F - 1 - k).float()
-        share = k / (F - 1) if F > 1 else torch.ones(1, device=self.device)
-        growth = torch.expm1(c.clip_ploss_coef_rate * share) / math.expm1(c.clip_ploss_coef_rate)
-        self.clip_table = c.clip_ploss_coef_base + (c.clip_ploss_coef - c.clip_ploss_coef_base) * growth
+        self.discount_table, self.clip_table = step_tables(self.config, self.policy.ft_steps, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -9,6 +9,25 @@ from dppo_fast.diffusion.schedule import NoiseSchedule
 from dppo_fast.types import Obs
 
 
+def denoising_errors(
+    network: DenoisingNetwork,
+    schedule: NoiseSchedule,
+    obs: Obs,
+    action: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    predict_epsilon: bool = True,
+) -> Tensor:
+    """Each sample's mean squared error [B] of the predicted noise (or clean action) at timesteps ``t`` [B] (Ho et al.
+    2020, eq. 14); ``action`` and ``noise`` are [B, Th, Da].
+
+    The time part is computed for all K timesteps and gathered: K rows instead of B.
+    """
+    all_times = network.time_table(schedule.sqrt_alphas_cumprod.new_ones(schedule.denoising_steps).cumsum(0) - 1)
+    prediction = network.denoise(schedule.add_noise(action, t, noise), all_times[t], network.encode_obs(obs))
+    return (prediction - (noise if predict_epsilon else action)).square().mean((1, 2))
+
+
 def denoising_loss(
     network: DenoisingNetwork,
     schedule: NoiseSchedule,
@@ -18,13 +37,8 @@ def denoising_loss(
     noise: Tensor,
     predict_epsilon: bool = True,
 ) -> Tensor:
-    """Mean squared error of the predicted noise (or clean action) at timesteps ``t`` [B] (Ho et al. 2020, eq. 14).
-
-    The time part is computed for all K timesteps and gathered: K rows instead of B.
-    """
-    all_times = network.time_table(schedule.sqrt_alphas_cumprod.new_ones(schedule.denoising_steps).cumsum(0) - 1)
-    prediction = network.denoise(schedule.add_noise(action, t, noise), all_times[t], network.encode_obs(obs))
-    return (prediction - (noise if predict_epsilon else action)).square().mean()
+    """The mean of `denoising_errors` over the batch."""
+    return denoising_errors(network, schedule, obs, action, t, noise, predict_epsilon).mean()
 
 
 def predict(

@@ -18,6 +18,7 @@ from dppo_fast.algorithms.dppo import DPPO, DPPOConfig
 from dppo_fast.algorithms.ppo import PPO, Batch, PPOConfig
 from dppo_fast.buffer import RolloutBuffer
 from dppo_fast.kernels.denoise_step import chunk_log_prob
+from dppo_fast.networks.vision import RandomShift, VitConfig
 from dppo_fast.policies.gaussian import GaussianPolicy
 from dppo_fast.rollout import Collector, EpisodeStatistics
 from dppo_fast.trainer import TrainConfig, Trainer
@@ -57,6 +58,11 @@ RESULTS = {
 """The reference's names of logged numbers -> ours."""
 
 
+def observations_of(case: Case, call: int) -> Obs:
+    obs = {"state": torch.from_numpy(case["venv/obs"][call]).float()}
+    return obs | ({"rgb": torch.from_numpy(case["venv/rgb"][call])} if "venv/rgb" in case else {})
+
+
 class ScriptedEnv:
     """Answers what the reference's environments answered to the same actions; a reset after a reset changes nothing."""
 
@@ -65,7 +71,7 @@ class ScriptedEnv:
     def __init__(self, case: Case) -> None:
         self.case = case
         _, self.num_envs, self.act_steps, self.action_dim = case["venv/action"].shape
-        self.obs_shapes = {"state": case["venv/obs"].shape[2:]}
+        self.obs_shapes = {name: obs.shape[1:] for name, obs in observations_of(case, 0).items()}
         self.calls = self.steps = 0
 
     def reset(self, seed: int | None = None) -> Obs:
@@ -88,7 +94,7 @@ class ScriptedEnv:
         self.calls += 1
 
     def _obs(self) -> Obs:
-        return {"state": torch.from_numpy(self.case["venv/obs"][self.calls - 1]).float()}
+        return observations_of(self.case, self.calls - 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -117,7 +123,10 @@ def draws_of(case: Case) -> Iterator[Tensor]:
 
 
 class Replay:
-    """Gives an algorithm the recorded randomness and compares what comes out; it is the run's log, too."""
+    """Gives an algorithm the recorded randomness and compares what comes out; it is the run's log, too.
+
+    Ours sorts a minibatch's pairs; ``order`` [B] sorts theirs.
+    """
 
     def __init__(self, case: Case, algorithm: PPO) -> None:
         self.case = case
@@ -128,20 +137,22 @@ class Replay:
         self.chains = iter(() if self.gaussian else case["sample_chains"])
         self.updates = iter(updates_of(case))
         self.orders = iter(case.tensor("index_order"))
+        self.shifts = iter(case.tensors("aug_shift/").values())
         self.draws = draws_of(case)
         self.iteration_number = 0
         self._act, self._loss = self.policy.act, algorithm.loss
         self.policy.draw_noise = lambda batch, draws: next(self.draws)
-        self.policy.randn = lambda *shape: next(self.draws).view(shape)
+        self.policy.randn = lambda *shape: next(self.draws).view(shape)[:, self.order]
         self.policy.act = self.act
-        algorithm.permutation = lambda pairs: next(self.orders)
+        algorithm.permutation = self.permutation
+        algorithm.draw_shift = lambda images: next(self.shifts).view(images, 2) - RandomShift.pad
         algorithm.loss = self.loss
 
     def act(self, obs: Obs, deterministic: bool = False) -> Act:
         act = self._act(obs, deterministic)
         if self.gaussian and deterministic:
             bound = self.policy.config.randn_clip_value
-            noise = self.policy.randn(*act.action.shape).clamp(-bound, bound)
+            noise = next(self.draws).view_as(act.action).clamp(-bound, bound)
             act = Act(act.action + DETERMINISTIC_STD * noise, {})
         SAMPLE.check(act.action, next(self.samples), "sample")
         theirs = next(self.chains, None)
@@ -149,11 +160,19 @@ class Replay:
             SAMPLE.check(act.record["chain"], theirs, "chain")
         return act
 
+    def permutation(self, pairs: int) -> Tensor:
+        order = next(self.orders)
+        self.minibatches = iter(order.split(self.algorithm.config.batch_size))
+        return order
+
     def loss(self, batch: Batch, row: Tensor, k: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn = next(self.minibatches)
+        self.order = drawn.argsort()
+        EXACT.check(row * self.policy.decisions + k, drawn[self.order], "pairs")
         loss, parts = self._loss(batch, row, k, advantage)
         update = next(self.updates)
         assert update["itr"] == self.iteration_number
-        obs = {name: value[row] for name, value in batch.obs.items()}
+        obs = batch.observations(row)
         spread = self.policy.actor_ft(obs)[1].mean() if self.gaussian else self.policy.entropy(obs)
         ours = {"ppo/entropy": self.policy.entropy(obs), "loss/bc": torch.zeros(()), "spread": spread, **parts}
         for (name, sign), value in zip(OUT, update["out"], strict=True):
@@ -165,19 +184,20 @@ class Replay:
         if "state" not in theirs:
             return
         part = self.policy.select(batch.record, row, k)
-        log_prob = theirs.tensor("oldlogprobs")
+        inputs = {name: value[self.order] for name, value in theirs.tensors("").items()}
+        log_prob = inputs["oldlogprobs"]
         if self.gaussian:
-            SAMPLE.check(part["action"], theirs["chains_or_actions"], "action")
+            SAMPLE.check(part["action"], inputs["chains_or_actions"], "action")
         else:
-            SAMPLE.check(part["x"], theirs["chains_prev"], "x")
-            SAMPLE.check(part["x_next"], theirs["chains_next"], "x_next")
-            EXACT.check(k, theirs["denoising_inds"], "step")
+            SAMPLE.check(part["x"], inputs["chains_prev"], "x")
+            SAMPLE.check(part["x_next"], inputs["chains_next"], "x_next")
+            EXACT.check(k, inputs["denoising_inds"], "step")
             log_prob = chunk_log_prob(log_prob, self.policy.reward_horizon)
-        TABLE.check(batch.obs["state"][row], theirs["state"], "state")
+        TABLE.check(batch.obs["state"][row], inputs["state"], "state")
         LOG_PROB.check(batch.record["log_prob"][row, k], log_prob, "old log-prob")
-        LOSS.check(batch.returns[row], theirs["returns"], "return")
-        LOSS.check(batch.value[row], theirs["oldvalues"], "old value")
-        LOSS.check(batch.advantage[row], theirs["advantages"], "advantage")
+        LOSS.check(batch.returns[row], inputs["returns"], "return")
+        LOSS.check(batch.value[row], inputs["oldvalues"], "old value")
+        LOSS.check(batch.advantage[row], inputs["advantages"], "advantage")
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -203,22 +223,33 @@ class Replay:
 
     def finish(self) -> None:
         """All that was recorded has happened."""
-        for left in (self.samples, self.updates, self.orders, self.draws):
+        for left in (self.samples, self.updates, self.orders, self.draws, self.shifts):
             assert next(left, None) is None
+
+
+def network_of(spec: Mapping[str, Any], case: Case) -> nn.Module:
+    if "backbone" not in spec:
+        return build(spec)
+    arguments = {key: value for key, value in spec.items() if key != "augment"}
+    arguments["backbone"] = options(VitConfig, spec["backbone"]["cfg"])
+    if class_name(spec) == "VisionUnet1D":
+        arguments["horizon_steps"] = case.cfg["horizon_steps"]
+    return build(arguments, image_shapes={"rgb": case["venv/rgb"].shape[2:]})
 
 
 def algorithm_of(case: Case) -> PPO:
     """The algorithm, with the initial weights and ready to collect."""
     cfg, model, weights = case.cfg, case.cfg["model"], case.tensors("w_init/")
     train = {**cfg["train"], "microbatch_size": cfg["train"]["batch_size"]}
-    critic = load_critic(weights, build(model["critic"]))
+    critic = load_critic(weights, network_of(model["critic"], case))
     buffer = RolloutBuffer(train["n_steps"], cfg["env"]["n_envs"])
     if class_name(model["actor"]) == "Gaussian_MLP":
-        gaussian = gaussian_policy(model["actor"], model, weights)
+        gaussian = gaussian_policy(model["actor"], model, weights, clamp_log_prob=True)
         return PPO(gaussian, critic, options(PPOConfig, train, model), buffer, bootstrap_truncated=False)
     horizon = {"reward_horizon": cfg.get("reward_horizon", cfg["act_steps"])}
-    diffusion = diffusion_policy({**model, **horizon}, weights, build(model["actor"]))
-    return DPPO(diffusion, critic, options(DPPOConfig, train, model), buffer, bootstrap_truncated=False)
+    diffusion = diffusion_policy({**model, **horizon}, weights, network_of(model["actor"], case))
+    config = options(DPPOConfig, train, model)
+    return DPPO(diffusion, critic, config, buffer, bootstrap_truncated=False, shift_once=True)
 
 
 def is_supported(case: Case) -> bool:
@@ -227,7 +258,11 @@ def is_supported(case: Case) -> bool:
 
 @pytest.mark.parametrize(
     "case",
-    golden_cases("11_agent_ppo_diffusion", is_supported) + golden_cases("11_agent_ppo_gaussian", is_supported),
+    [
+        case
+        for policy in ("diffusion", "diffusion_img", "gaussian")
+        for case in golden_cases(f"11_agent_ppo_{policy}", is_supported)
+    ],
 )
 def test_fine_tuning_run(case: Case, tmp_path: Path) -> None:
     cfg, algorithm = case.cfg, algorithm_of(case)

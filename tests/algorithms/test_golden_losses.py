@@ -12,7 +12,7 @@ from dppo_fast.advantage import normalize_advantage
 from dppo_fast.algorithms.dppo import DPPO, DPPOConfig
 from dppo_fast.algorithms.ppo import PPO, Batch, PPOConfig
 from dppo_fast.buffer import RolloutBuffer
-from dppo_fast.kernels.denoise_step import chunk_log_prob
+from dppo_fast.kernels.denoise_step import LOG_PROB_RANGE, chunk_log_prob
 from dppo_fast.policies.diffusion import DiffusionPolicy
 from tests.golden_files import Case
 from tests.golden_models import (
@@ -116,7 +116,7 @@ def test_dppo_behaviour_cloning_loss(case: Case, monkeypatch: pytest.MonkeyPatch
 
 
 def ppo_case(case: Case) -> tuple[PPO, nn.ModuleDict]:
-    policy, critic = gaussian_of(case), load_critic(case.tensors("w/"))
+    policy, critic = gaussian_of(case, clamp_log_prob=True), load_critic(case.tensors("w/"))
     algorithm = PPO(policy, critic, options(PPOConfig, case.cfg, COEFFICIENTS), RolloutBuffer(1, 1))
     return algorithm, nn.ModuleDict({"network": policy.actor_ft, "critic": critic})
 
@@ -124,7 +124,8 @@ def ppo_case(case: Case) -> tuple[PPO, nn.ModuleDict]:
 @pytest.mark.parametrize("case", gaussian_cases("08_gaussian_gmm_ppo", "out/v_loss"))
 def test_ppo_loss(case: Case) -> None:
     algorithm, named = ppo_case(case)
-    record = {"action": case.tensor("in/actions"), "log_prob": case.tensor("in/oldlogprobs")[:, None]}
+    log_prob = case.tensor("in/oldlogprobs").clamp(*LOG_PROB_RANGE)
+    record = {"action": case.tensor("in/actions"), "log_prob": log_prob[:, None]}
     batch = batch_of(case, record)
     loss, parts = loss_of(algorithm, batch, torch.zeros(len(batch.advantage), dtype=torch.int64))
     check_parts(parts, case.sub("out/"))

@@ -76,8 +76,39 @@ KEYS: dict[str, str | Absent] = {
     "model.critic._target_": "critic.name",
     "model.critic.*": "critic.*",
     "model.critic.cond_dim": DERIVED,
+    "model.critic.action_dim": DERIVED,
+    "model.critic.action_steps": "task.act_steps",
+    "model.critic.double_q": Absent("follows from the algorithm"),
+    "model.critic_q._target_": "critic.name",
+    "model.critic_q.*": "critic.*",
+    "model.critic_q.cond_dim": DERIVED,
+    "model.critic_q.action_dim": DERIVED,
+    "model.critic_q.action_steps": "task.act_steps",
+    "model.critic_v._target_": "critic.name",
+    "model.critic_v.*": "critic.*",
+    "model.critic_v.cond_dim": DERIVED,
+    "model.n_critics": "algorithm.n_critics",
+    "model.backup_entropy": "algorithm.backup_entropy",
+    "model.cql_min_q_weight": "algorithm.cql_min_q_weight",
+    "model.soft_action_sample": "algorithm.soft_action_sample",
+    "model.soft_action_sample_beta": "algorithm.soft_action_sample_beta",
+    "model.tanh_output": Absent("that is the policy squashed_gaussian"),
+    "model.sde._target_": Absent("the variance-preserving SDE is the only one"),
+    "model.sde.N": "policy.options.denoising_steps",
+    "model.sde_min_beta": Absent("no beta is that small"),
+    "model.sde_probability_flow": Absent("always"),
+    "model.atol": Absent("steps are fixed"),
+    "model.rtol": Absent("steps are fixed"),
     "ema.decay": "algorithm.ema_decay",
     "train.*": "algorithm.*",
+    "train.critic_tau": "algorithm.target_ema_rate",
+    "train.eval_deterministic": Absent("true in all of these, and always so here"),
+    "train.target_entropy": Absent("the default, minus the size of a chunk"),
+    "train.automatic_entropy_tuning": Absent("true in all of these, and always so here"),
+    "train.log_freq": Absent("an iteration is as long"),
+    "train.n_eval_episode": Absent("evaluation has environments of its own"),
+    "train.train_online": Absent("the number of offline iterations says it"),
+    "train.n_episode_per_epoch": Absent("evaluation has environments of its own"),
     "train.n_steps": "train.n_steps",
     "train.n_train_itr": "train.n_train_itr",
     "train.n_epochs": "train.n_train_itr",
@@ -89,23 +120,61 @@ KEYS: dict[str, str | Absent] = {
     "train_dataset.horizon_steps": "task.horizon_steps",
     "train_dataset.dataset_path": OUR_FILES,
     "train_dataset.device": DEVICE,
+    "offline_dataset._target_": Absent("there is one kind of dataset"),
+    "offline_dataset.cond_steps": "task.cond_steps",
+    "offline_dataset.horizon_steps": "task.horizon_steps",
+    "offline_dataset.dataset_path": OUR_FILES,
+    "offline_dataset.device": DEVICE,
+    "offline_dataset.discount_factor": "algorithm.gamma",
+    "offline_dataset.get_mc_return": Absent("follows from the algorithm"),
+    "offline_dataset.max_n_episodes": "data.max_n_episodes",
+    "offline_dataset_path": OUR_FILES,
 }
 """The reference's key -> ours. A star stands for any name; of the rows that fit, the one with most other characters
 holds.
 """
 
+REPLAY_STEPS = "the reference counts steps of all environments"
+LONGER = "an iteration is 200 decisions instead of 1; products with n_steps are equal"
+DIFFERENT: dict[str, dict[str, str]] = {
+    "idql": {"algorithm.buffer_size": REPLAY_STEPS},
+    "qsm": {"algorithm.buffer_size": REPLAY_STEPS},
+    "rwr": {"algorithm.n_critic_warmup_itr": "there is no critic"},
+    "calql": {"train.n_steps": "an iteration is 1000 decisions, where the reference's is an episode"},
+    **{
+        name: dict.fromkeys(("train.n_steps", "train.n_train_itr", "train.val_freq", "train.save_model_freq"), LONGER)
+        for name in ("sac", "rlpd", "ibrl")
+    },
+}
+"""Algorithm -> our keys whose values are others on purpose, and why."""
+
 CLASSES = {
     "TrainPPODiffusionAgent": "dppo",
+    "TrainPPOExactDiffusionAgent": "exact_ppo",
+    "TrainRWRDiffusionAgent": "rwr",
+    "TrainAWRDiffusionAgent": "awr",
+    "TrainDIPODiffusionAgent": "dipo",
+    "TrainIDQLDiffusionAgent": "idql",
+    "TrainDQLDiffusionAgent": "dql",
+    "TrainQSMDiffusionAgent": "qsm",
+    "TrainSACAgent": "sac",
+    "TrainRLPDAgent": "rlpd",
+    "TrainCalQLAgent": "calql",
+    "TrainIBRLAgent": "ibrl",
     "TrainPPOGaussianAgent": "ppo",
     "TrainDiffusionAgent": "bc",
     "TrainGaussianAgent": "bc",
-    "PPODiffusion": "diffusion",
+    **dict.fromkeys((f"{name}Diffusion" for name in ("PPO", "RWR", "AWR", "DIPO", "IDQL", "DQL", "QSM")), "diffusion"),
+    "PPOExactDiffusion": "flow",
+    **dict.fromkeys((f"{name}_Gaussian" for name in ("SAC", "RLPD", "CalQL")), "squashed_gaussian"),
+    "IBRL_Gaussian": "gaussian",
     "DiffusionModel": "diffusion",
     "PPO_Gaussian": "gaussian",
     "GaussianModel": "gaussian",
     "DiffusionMLP": "diffusion_mlp",
     "Gaussian_MLP": "gaussian_mlp",
     "CriticObs": "mlp",
+    "CriticObsAct": "mlp",
 }
 """The reference's classes -> our names."""
 
@@ -146,11 +215,11 @@ def composed() -> dict[str, DictConfig]:
 def test_values_are_the_references(name: str, composed: dict[str, DictConfig]) -> None:
     missing = object()
     different = {
-        key: (ours, found, expected)
+        ours: (key, found, expected)
         for key, ours, expected in compared(name)
         if (found := OmegaConf.select(composed[name], ours, default=missing)) != expected
     }
-    assert different == {}
+    assert different.keys() <= DIFFERENT.get(composed[name].algorithm.name, {}).keys(), different
 
 
 def test_every_row_of_the_table_is_of_use() -> None:
