@@ -46,6 +46,8 @@ def shortened(command: str) -> list[str]:
     elif module == "benchmarks.iteration":
         arguments = ["--iterations", "1", *arguments]
         extra = [*TINY_RUN, *ONLINE]
+    elif module == "dppo_fast.latency":
+        extra = ["calls=5", "warm_up=1"]
     elif module == "dppo_fast.train":
         extra = [*TINY_RUN, *(OFFLINE if "pretrain" in command else ONLINE)]
     else:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from dppo_fast.diffusion.sampler import Chain, Clips, Scoring, Segment, sample_chain
+from dppo_fast.diffusion.sampler import Chain, Clips, Scoring, Segment, differentiable_chain, sample_chain
 from dppo_fast.diffusion.schedule import NoiseSchedule
 from dppo_fast.kernels.denoise_step import LOG_PROB_RANGE
+from dppo_fast.networks.mlp import DiffusionMLP
 from dppo_fast.types import Obs
 from tests.small import seeded
+from tests.tolerances import GRADIENT, SAMPLE
 
 S, B, SHAPE = 5, 3, (4, 2)
 OBS: Obs = {"state": torch.zeros(B, 1, 1)}
@@ -175,3 +178,28 @@ def test_eta_of_each_sample_is_its_own() -> None:
         assert together.log_prob is not None
         torch.testing.assert_close(together.action[b], alone.action[b])
         torch.testing.assert_close(together.log_prob[b], alone.log_prob[b])
+
+
+def test_gradients_run_back_through_the_whole_chain(schedule: NoiseSchedule) -> None:
+    """Against the chain written out in float64; all bounds are reached by some elements."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = DiffusionMLP(2, 4, 1, mlp_dims=(16, 16))
+    noise, std = 2 * draws(), schedule.table[:, 4].clamp(min=0.3)
+    clips = Clips(x0=0.8, randn=1.5, action=0.7)
+    segments = [Segment(network, range(S))]
+    action = differentiable_chain(segments, schedule, OBS, noise, std, clips)
+    SAMPLE.check(action, sample_chain(segments, schedule, OBS, noise, std, clips).action)
+    weight = torch.randn(action.shape, generator=seeded(7))
+    (action * weight).sum().backward()
+
+    exact = copy.deepcopy(network).double()
+    state = {"state": OBS["state"].double()}
+    x = noise[0].double()
+    for k in range(S):
+        cx, ce, m0, mx, *_ = schedule.table[k].double()
+        eps = exact(x, schedule.timesteps[k].expand(B), state)
+        x = m0 * (cx * x + ce * eps).clamp(-0.8, 0.8) + mx * x + std[k] * noise[k + 1].double().clamp(-1.5, 1.5)
+    (x.clamp(-0.7, 0.7) * weight).sum().backward()
+    for (name, ours), theirs in zip(network.named_parameters(), exact.parameters(), strict=True):
+        GRADIENT.check(ours.grad, theirs.grad, name)

@@ -423,7 +423,7 @@ def test_the_extension_checks_what_it_is_given() -> None:
             **{"segments": [(packed(), zeros(5, 8), zeros(3, 8))], **arrays, **bounds, **scoring, **change}
         )
 
-    assert [array.shape for array in chain()] == [(3, 4, A), (3, 3)]
+    assert [array.shape for array in chain()] == [(3, A), (3, 4, A), (3, 3)]
     wide = zeros(A, 16)
     for call, change, error, message in [
         (packed, {"layers": [(zeros(8, A), None)]}, ValueError, "an MLP of 1 layers"),
