@@ -43,8 +43,8 @@ const T* data(const py::array& array, const std::string& name, const Shape& shap
     throw py::value_error(name + " has shape " + text(array.attr("shape")) + ", expected " +
                           text(py::tuple(py::cast(shape))));
   }
-  const py::object flags = array.attr("flags");
-  if (!flags.attr("c_contiguous").cast<bool>() || !flags.attr("aligned").cast<bool>()) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) == 0;
+  if ((array.flags() & py::array::c_style) == 0 || !aligned) {
     throw py::value_error(name + " is not C-contiguous and aligned");
   }
   return static_cast<const T*>(array.data());
@@ -125,6 +125,15 @@ py::array_t<float> keyed_normal(std::uint64_t seed, const py::array& env, const 
   return normals;
 }
 
+std::uint64_t digest(const std::vector<py::array>& arrays) {
+  std::uint64_t result = arrays.size();
+  for (const py::array& array : arrays) {
+    const py::array rows = py::array::ensure(array, py::array::c_style);
+    result = dppo_fast::simd_levels().front()->hash(result, static_cast<std::size_t>(rows.nbytes()), rows.data());
+  }
+  return result;
+}
+
 using Layers = std::vector<std::pair<py::array, std::optional<py::array>>>;
 
 // The weights may be views of which the rows are contiguous.
@@ -194,6 +203,7 @@ py::tuple mlp_chain(const Segments& segments, const py::array& noise, const py::
   }
   if (left != 0) throw py::value_error("the segments do not have " + std::to_string(steps) + " steps together");
   const auto scored_steps = steps - static_cast<py::ssize_t>(first);
+  py::array_t<float> action(Shape{batch, actions});
   py::array_t<float> points(Shape{batch, scored_steps + 1, actions});
   py::array_t<float> log_prob(Shape{batch, scored_steps});
   const dppo_fast::ChainOptions options{x0_clip, noise_clip, action_clip, eps_clip, first, scored, min_std};
@@ -203,13 +213,14 @@ py::tuple mlp_chain(const Segments& segments, const py::array& noise, const py::
                                data<float>(noise, "noise", {steps + 1, batch, actions}),
                                data<float>(table, "table", {steps, 7}),
                                data<float>(std, "std", {steps}),
+                               action.mutable_data(),
                                points.mutable_data(),
                                log_prob.mutable_data()};
   {
     const py::gil_scoped_release release;
     dppo_fast::mlp_chain(parts, options, chain, threads);
   }
-  return py::make_tuple(points, log_prob);
+  return py::make_tuple(action, points, log_prob);
 }
 
 std::vector<std::string> simd_names() {
@@ -229,18 +240,15 @@ PYBIND11_MODULE(_native, module) {
              "Discounted sums [T, N], float64, of float32 or float64 rewards.");
   module.def("keyed_normal", &keyed_normal, py::arg("seed"), py::arg("env"), py::arg("step"), py::arg("draws"),
              py::arg("size"), "Standard normals [draws, B, size], float32, for int64 env and step [B].");
+  module.def("digest", &digest, py::arg("arrays"), "A 64-bit hash of what the arrays hold, of any dtype and layout.");
   module.attr("simd_levels") = py::tuple(py::cast(simd_names()));
   py::class_<dppo_fast::PackedMLP>(module, "PackedMLP", "A copy of an MLP's weights, laid out for mlp_chain.")
       .def(py::init(&packed_mlp), py::arg("layers"), py::arg("activation"), py::arg("residual"),
            py::arg("simd") = py::none(),
-           "Of (weight [n_out, n_in], bias [n_out] or None) pairs; simd is one of simd_levels, by default the first.")
-      .def(
-          "holds",
-          [](const dppo_fast::PackedMLP& self, const Layers& layers) { return self.holds(linear_layers(layers)); },
-          py::arg("layers"), "Whether these are still the weights that were packed.");
+           "Of (weight [n_out, n_in], bias [n_out] or None) pairs; simd is one of simd_levels, by default the first.");
   module.def("mlp_chain", &mlp_chain, py::arg("segments"), py::arg("noise"), py::arg("table"), py::arg("std"),
              py::arg("x0_clip"), py::arg("noise_clip"), py::arg("action_clip"), py::arg("eps_clip"), py::arg("first"),
              py::arg("scored"), py::arg("min_std"), py::arg("threads"),
-             "Points [B, S - first + 1, A] and log-probs [B, S - first] of a chain; segments are (PackedMLP, "
-             "time [n, H], obs [B, H]). Bounds may be infinite, and eps_clip None.");
+             "The last x [B, A] of a chain, points [B, S - first + 1, A] and log-probs [B, S - first]; segments are "
+             "(PackedMLP, time [n, H], obs [B, H]). Bounds may be infinite, and eps_clip None.");
 }

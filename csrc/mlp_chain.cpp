@@ -92,6 +92,7 @@ void denoise(const Chain& chain, const ChainOptions& options, std::size_t k, std
       if (last) x[i] = clamp(x[i], options.action_clip);
       if (i < options.scored) score.add(x[i], mean);
     }
+    if (last) std::copy_n(x, actions, chain.action + b * actions);
     if (k + 1 >= options.first) {
       std::copy_n(x, actions, chain.points + (b * (scored_steps + 1) + k + 1 - options.first) * actions);
     }
@@ -144,25 +145,6 @@ PackedMLP::PackedMLP(const std::vector<Linear>& layers, Activation activation, b
     layers_.push_back(packed(layer));
     width_ = std::max(width_, layers_.back().outputs);
   }
-  digest_ = digest(layers);
-}
-
-std::uint64_t PackedMLP::digest(const std::vector<Linear>& layers) const {
-  std::uint64_t result = layers.size();
-  std::vector<float> rows;
-  for (const Linear& layer : layers) {
-    const float* weight = layer.weight;
-    if (layer.weight_stride != layer.inputs) {
-      rows.clear();
-      for (std::size_t n = 0; n < layer.outputs; ++n, weight += layer.weight_stride) {
-        rows.insert(rows.end(), weight, weight + layer.inputs);
-      }
-      weight = rows.data();
-    }
-    result = simd_.hash(result ^ layer.inputs, layer.outputs * layer.inputs, weight);
-    if (layer.bias != nullptr) result = simd_.hash(result, layer.outputs, layer.bias);
-  }
-  return result;
 }
 
 PackedMLP::Layer PackedMLP::packed(const Linear& layer) const {

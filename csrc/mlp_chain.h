@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <memory>
 #include <new>
 #include <optional>
@@ -32,9 +31,6 @@ class PackedMLP {
   // layers[0] is the part of the first layer that sees x. Throws std::invalid_argument where they do not fit together.
   PackedMLP(const std::vector<Linear>& layers, Activation activation, bool residual, const Simd& simd);
 
-  // Whether the weights are still those that were packed.
-  bool holds(const std::vector<Linear>& layers) const { return digest_ == digest(layers); }
-
   std::size_t actions() const { return actions_; }
   std::size_t hidden() const { return hidden_; }
   std::size_t width() const { return width_; }  // of the widest layer, padded
@@ -53,7 +49,6 @@ class PackedMLP {
   };
 
   Layer packed(const Linear& layer) const;
-  std::uint64_t digest(const std::vector<Linear>& layers) const;
 
   const Simd& simd_;
   const Activation activation_;
@@ -62,7 +57,6 @@ class PackedMLP {
   std::size_t hidden_;
   std::size_t width_ = 0;
   std::vector<Layer> layers_;
-  std::uint64_t digest_;
 };
 
 // A stretch of `steps` steps that one network denoises; time [steps, H], obs [B, H].
@@ -84,7 +78,8 @@ struct ChainOptions {
   float min_std;
 };
 
-// Row-major: noise [S + 1, B, A], table [S, 7], std [S], points [B, S - first + 1, A], log_prob [B, S - first].
+// Row-major: noise [S + 1, B, A], table [S, 7], std [S], action [B, A], points [B, S - first + 1, A], log_prob
+// [B, S - first].
 struct Chain {
   std::size_t steps;
   std::size_t batch;
@@ -92,6 +87,7 @@ struct Chain {
   const float* noise;
   const float* table;
   const float* std;
+  float* action;
   float* points;
   float* log_prob;
 };

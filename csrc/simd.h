@@ -40,8 +40,8 @@ struct Simd {
   // out = activation(in) for `count` floats, a multiple of `lanes`; out may be in.
   void (*activate)(Activation activation, std::size_t count, const float* in, float* out);
 
-  // A hash of floats at any address, as fast as they come from memory.
-  std::uint64_t (*hash)(std::uint64_t seed, std::size_t count, const float* in);
+  // A hash of bytes at any address, as fast as they come from memory.
+  std::uint64_t (*hash)(std::uint64_t seed, std::size_t bytes, const void* in);
 };
 
 // Those that this processor can run, the fastest first.

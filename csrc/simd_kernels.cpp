@@ -206,15 +206,16 @@ struct Lanes {
   }
 };
 
-std::uint64_t hash(std::uint64_t seed, std::size_t count, const float* in) {
-  constexpr std::size_t kBlock = 4 * kLanes;
+std::uint64_t hash(std::uint64_t seed, std::size_t bytes, const void* in) {
+  constexpr std::size_t kBlock = 4 * kBytes;
+  const auto* const from = static_cast<const unsigned char*>(in);
   Lanes lanes;
   std::size_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) lanes.add(in + i);
-  float rest[kBlock] = {};
-  for (std::size_t j = 0; i + j < count; ++j) rest[j] = in[i + j];
+  for (; i + kBlock <= bytes; i += kBlock) lanes.add(from + i);
+  unsigned char rest[kBlock] = {};
+  for (std::size_t j = 0; i + j < bytes; ++j) rest[j] = from[i + j];
   lanes.add(rest);
-  std::uint64_t result = seed + count;
+  std::uint64_t result = seed + bytes;
   for (const Bits& sum : lanes.sum) {
     for (int j = 0; j < kLanes; ++j) {
       result = (result ^ sum[j]) * 0x9e3779b97f4a7c15u;

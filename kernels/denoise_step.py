@@ -348,7 +348,7 @@ def sampling_step(
     chosen = resolve("sampling_step", x.device, ("reference", "triton"), backend)
     if x.ndim != 3:
         raise ValueError(f"sampling_step: x has shape {tuple(x.shape)}, expected [B, Th, Da]")
-    shape, batch = tuple(x.shape), (len(x),)
+    shape, batch = tuple(x.shape), tuple(x.shape[:1])
     real = (torch.float32,) if chosen == "triton" else (x.dtype,)
     arguments = {"eps": (eps, shape, (*real, torch.bfloat16, torch.float16)), "x": (x, shape, real)}
     if isinstance(noise, NoiseKey):

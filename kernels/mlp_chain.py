@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -25,9 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dppo_fast.kernels._dispatch import Backend, check_tensor, resolve
+from dppo_fast.kernels._memo import Memo
 from dppo_fast.kernels.denoise_step import Coefficients, chunk_log_prob, denoise_step, gaussian_log_density
 from dppo_fast.kernels.mlp_step import Precision, mlp_chain_triton
 from dppo_fast.runtime.native import native
+
+PRECISIONS = get_args(Precision)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "Identity": lambda x: x,
@@ -63,7 +66,7 @@ class MLPStep:
             wanted = "an odd number" if self.residual else "at least one"
             raise ValueError(f"MLPStep: {len(self.layers)} layers after the first, expected {wanted}")
         hidden, actions = self.first.shape
-        widths = [hidden, *(len(weight) for weight, _ in self.layers)]
+        widths = [hidden, *(weight.shape[0] for weight, _ in self.layers)]
         if self.residual:
             widths = [hidden] * len(self.layers) + widths[-1:]
         widths[-1] = actions
@@ -99,10 +102,8 @@ class MLPSegment:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        if self.precision not in get_args(Precision):
-            raise ValueError(
-                f"MLPSegment: precision={self.precision!r}, expected one of {', '.join(get_args(Precision))}"
-            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"MLPSegment: precision={self.precision!r}, expected one of {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True)
@@ -150,26 +151,23 @@ def mlp_chain_reference(
 
 
 PACKS = 8
-_packs: dict[tuple[int, str, bool], Any] = {}
+_packs: dict[tuple[int, str, bool], Memo[Any]] = {}
 
 
 def _packed(network: MLPStep) -> Any:
-    """The network's weights as the extension reads them; the last PACKS networks' are kept.
-
-    They are packed again whenever their contents have changed. Autograd's version counter would not tell: fused
-    optimizers leave it as it is.
-    """
+    """The network's weights as the extension reads them; the last PACKS networks' are kept."""
     module = native()
     assert module is not None
-    weights = [(_matrix(network.first), None), *((_matrix(weight), _rows(bias)) for weight, bias in network.layers)]
+
+    def pack() -> Any:
+        layers = [(_matrix(network.first), None), *((_matrix(weight), _rows(bias)) for weight, bias in network.layers)]
+        return module.PackedMLP(layers, network.activation, network.residual)
+
     key = (network.first.data_ptr(), network.activation, network.residual)
-    pack = _packs.pop(key, None)
-    if pack is None or not pack.holds(weights):
-        pack = module.PackedMLP(weights, network.activation, network.residual)
-    _packs[key] = pack
+    memo = _packs[key] = _packs.pop(key, Memo())
     if len(_packs) > PACKS:
         del _packs[next(iter(_packs))]
-    return pack
+    return memo((network.first, *chain.from_iterable(network.layers)), pack)
 
 
 def _matrix(weight: Tensor) -> Any:
@@ -185,8 +183,8 @@ def _mlp_chain_native(
 ) -> Chain:
     module = native()
     assert module is not None
-    first = len(std) if options.first is None else options.first
-    points, log_prob = module.mlp_chain(
+    first = std.shape[0] if options.first is None else options.first
+    action, points, log_prob = module.mlp_chain(
         [(_packed(part.network), _rows(part.time), _rows(part.obs)) for part in segments],
         *map(_rows, (noise, table, std)),
         *(math.inf if clip is None else clip for clip in (options.x0_clip, options.noise_clip, options.action_clip)),
@@ -196,9 +194,9 @@ def _mlp_chain_native(
         options.min_std,
         torch.get_num_threads(),
     )
-    points = torch.from_numpy(points)
-    action = points[:, -1].clone()
-    return (action, None, None) if options.first is None else (action, points, torch.from_numpy(log_prob))
+    if options.first is None:
+        return torch.from_numpy(action), None, None
+    return torch.from_numpy(action), torch.from_numpy(points), torch.from_numpy(log_prob)
 
 
 @torch.no_grad()
@@ -231,11 +229,11 @@ def mlp_chain(
     check_tensor("mlp_chain", "table", table, (S, 7), dtypes, device)
     check_tensor("mlp_chain", "std", std, (S,), dtypes, device)
     for i, part in enumerate(segments):
-        H, n = len(part.network.first), len(part.time)
+        H, n = part.network.first.shape[0], part.time.shape[0]
         check_tensor("mlp_chain", f"segments[{i}].network.first", part.network.first, (H, A), dtypes, device)
         check_tensor("mlp_chain", f"segments[{i}].time", part.time, (n, H), dtypes, device)
         check_tensor("mlp_chain", f"segments[{i}].obs", part.obs, (B, H), dtypes, device)
-    total = sum(len(part.time) for part in segments)
+    total = sum(part.time.shape[0] for part in segments)
     if S < 1 or total != S:
         raise ValueError(f"mlp_chain: the segments have {total} steps, noise is for {S}")
     if options.first is not None and not (0 <= options.first < S and 1 <= options.scored <= A):

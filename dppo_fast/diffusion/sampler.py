@@ -4,15 +4,15 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dppo_fast.diffusion.schedule import NoiseSchedule
-from dppo_fast.kernels.denoise_step import Bounds, Score, sampling_step
+from dppo_fast.kernels.denoise_step import Bounds, Score, sampling_step, sampling_step_reference
 from dppo_fast.kernels.mlp_chain import ChainOptions, MLPSegment, MLPStep, mlp_chain
 from dppo_fast.runtime.precision import MatMul, matmul_precision
 from dppo_fast.types import Obs
@@ -93,9 +93,8 @@ def sample_chain(
         noise: [S + 1, B, Th, Da], standard normal.
         std: [S] sampling std, or [S, B, 1, 1 or Da] where eta depends on the observation.
         eta: [B, 1 or Da], replaces the schedule's.
-        scoring: record the chain and its log-probs. Needs a stochastic chain, whose means are those that are scored.
+        scoring: record the chain and its log-probs, which mean something for a stochastic chain only.
     """
-    assert scoring is None or not deterministic
     segments = [segment for segment in segments if segment.steps]
     steps = [segment.network.step() for segment in segments]
     if eta is None and None not in steps:
@@ -106,6 +105,34 @@ def sample_chain(
             if step is not None
         ]
         return _mlp_chain(parts, table, noise, std, clips, scoring)
+    return _step_by_step(sampling_step, segments, schedule, obs, noise, std, clips, deterministic, eta, scoring)
+
+
+def differentiable_chain(
+    segments: Sequence[Segment],
+    schedule: NoiseSchedule,
+    obs: Obs,
+    noise: Tensor,
+    std: Tensor,
+    clips: Clips,
+    eta: Tensor | None = None,
+) -> Tensor:
+    """The action [B, Th, Da] of the stochastic `sample_chain`, in plain PyTorch and differentiable."""
+    return _step_by_step(sampling_step_reference, segments, schedule, obs, noise, std, clips, eta=eta).action
+
+
+def _step_by_step(
+    step: Callable[..., tuple[Tensor, Tensor | None]],
+    segments: Sequence[Segment],
+    schedule: NoiseSchedule,
+    obs: Obs,
+    noise: Tensor,
+    std: Tensor,
+    clips: Clips,
+    deterministic: bool = False,
+    eta: Tensor | None = None,
+    scoring: Scoring | None = None,
+) -> Chain:
     x, draws = noise[0], noise[1:]
     S, (B, Th, Da) = schedule.steps, x.shape
     first, score, points, log_prob = S + 1, None, None, None
@@ -120,7 +147,7 @@ def sample_chain(
         with matmul_precision(segment.precision):
             for k, time in zip(segment.steps, times, strict=True):
                 scored = k >= first
-                x, _ = sampling_step(
+                x, _ = step(
                     network.denoise(x, time, encoded),
                     x,
                     draws[k],
@@ -143,9 +170,9 @@ def _mlp_chain(
 ) -> Chain:
     """The whole chain by one op, which knows an action chunk as one row."""
     Th, Da = noise.shape[2:]
-    options = ChainOptions(clips.x0, clips.eps, clips.randn, clips.action)
+    score: tuple[int, int, float] | tuple[()] = ()
     if scoring is not None:
-        scored = min(scoring.reward_horizon, Th) * Da
-        options = replace(options, first=scoring.first, scored=scored, min_std=scoring.min_std)
+        score = (scoring.first, min(scoring.reward_horizon, Th) * Da, scoring.min_std)
+    options = ChainOptions(clips.x0, clips.eps, clips.randn, clips.action, *score)
     x, points, log_prob = mlp_chain(segments, noise.flatten(2), table, std, options)
     return Chain(x.view(-1, Th, Da), None if points is None else points.view(*points.shape[:2], Th, Da), log_prob)

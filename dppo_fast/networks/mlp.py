@@ -5,21 +5,23 @@ Parameter names are the reference's, so that its checkpoints load with strict=Tr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dppo_fast.kernels._memo import Memo
 from dppo_fast.kernels.mlp_chain import MLPStep
 from dppo_fast.networks.embed import SinusoidalPosEmb, activation
+from dppo_fast.networks.gaussian import GaussianNetwork
 from dppo_fast.types import Obs, UserError
 
 
 class MLP(nn.Module):
-    """Linear, [LayerNorm], activation, ...; no norm on the last layer unless ``norm_last``.
+    """Linear, [LayerNorm], [dropout], activation, ...; on the last layer no dropout, nor norm unless ``norm_last``.
 
     ``dims`` lists all widths, input and output included.
     """
@@ -31,6 +33,7 @@ class MLP(nn.Module):
         out_activation_type: str = "Identity",
         use_layernorm: bool = False,
         norm_last: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.moduleList = nn.ModuleList()
@@ -40,15 +43,23 @@ class MLP(nn.Module):
             layer.add_module("linear_1", nn.Linear(n_in, n_out))
             if use_layernorm and (norm_last or not last):
                 layer.add_module("norm_1", nn.LayerNorm(n_out))
+            if dropout and not last:
+                layer.add_module("dropout_1", nn.Dropout(dropout))
             layer.add_module("act_1", activation(out_activation_type if last else activation_type))
             self.moduleList.append(layer)
 
     @property
     def first(self) -> nn.Linear:
         """The layer that sees the input; ``forward(x) == rest(first(x))``."""
-        linear = self.moduleList[0].linear_1
-        assert isinstance(linear, nn.Linear)
+        layers: Any = self.moduleList
+        linear: nn.Linear = next(iter(layers)).linear_1
         return linear
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """All linear layers in the order in which they are applied."""
+        layers: Any = self.moduleList
+        return [layer.linear_1 for layer in layers]
 
     def rest(self, h: Tensor) -> Tensor:
         for module in list(self.moduleList[0].children())[1:]:
@@ -104,9 +115,16 @@ class ResidualMLP(nn.Module):
     @property
     def first(self) -> nn.Linear:
         """The layer that sees the input; ``forward(x) == rest(first(x))``."""
-        linear = self.layers[0]
-        assert isinstance(linear, nn.Linear)
+        layers: Any = self.layers
+        linear: nn.Linear = next(iter(layers))
         return linear
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """All linear layers in the order in which they are applied."""
+        layers: Any = self.layers
+        first, *blocks, last, _ = layers
+        return [first, *(linear for block in blocks for linear in (block.l1, block.l2)), last]
 
     def rest(self, h: Tensor) -> Tensor:
         for layer in self.layers[1:]:
@@ -123,10 +141,15 @@ def trunk(
     out_activation_type: str = "Identity",
     use_layernorm: bool = False,
     residual_style: bool = False,
+    norm_last: bool = False,
+    dropout: float = 0.0,
 ) -> MLP | ResidualMLP:
-    """The plain or the residual MLP over ``dims``."""
-    kind = ResidualMLP if residual_style else MLP
-    return kind(dims, activation_type, out_activation_type, use_layernorm)
+    """The plain or the residual MLP over ``dims``; the latter has no norm on its output, and no dropout."""
+    if not residual_style:
+        return MLP(dims, activation_type, out_activation_type, use_layernorm, norm_last, dropout)
+    if dropout:
+        raise UserError(f"dropout={dropout} needs residual_style=false")
+    return ResidualMLP(dims, activation_type, out_activation_type, use_layernorm)
 
 
 class DiffusionMLP(nn.Module):
@@ -134,7 +157,7 @@ class DiffusionMLP(nn.Module):
 
     Its first layer is split by columns, W [x; tau; c] + b = Wx x + Wt tau + (Wc c + b): the observation part is
     computed once per chain (``encode_obs``), the time part once per denoising step for the whole batch
-    (``time_table``), and only ``denoise`` runs at every step.
+    (``time_table``), and only ``denoise`` runs at every step. ``visual_dim`` is what a subclass's ``features`` adds.
     """
 
     def __init__(
@@ -149,58 +172,66 @@ class DiffusionMLP(nn.Module):
         out_activation_type: str = "Identity",
         use_layernorm: bool = False,
         residual_style: bool = False,
+        *,
+        visual_dim: int = 0,
     ) -> None:
         super().__init__()
         self.time_embedding = nn.Sequential(
             SinusoidalPosEmb(time_dim), nn.Linear(time_dim, time_dim * 2), nn.Mish(), nn.Linear(time_dim * 2, time_dim)
         )
         self.cond_mlp = MLP([cond_dim, *cond_mlp_dims], activation_type) if cond_mlp_dims else None
-        encoded_dim = cond_mlp_dims[-1] if cond_mlp_dims else cond_dim
+        state_dim = cond_mlp_dims[-1] if cond_mlp_dims else cond_dim
         self.action_shape = (horizon_steps, action_dim)
-        self.sizes = (horizon_steps * action_dim, time_dim, encoded_dim)
+        self.sizes = (horizon_steps * action_dim, time_dim, visual_dim + state_dim)
         dims = [sum(self.sizes), *mlp_dims, horizon_steps * action_dim]
         self.mlp_mean = trunk(dims, activation_type, out_activation_type, use_layernorm, residual_style)
         self.activation_type = activation_type
+        self.times: Memo[Tensor] = Memo()
         self.fusible = out_activation_type == "Identity" and not use_layernorm
+
+    def features(self, obs: Obs) -> Tensor:
+        """What the network sees of the observation: the flattened state, through ``cond_mlp`` where there is one."""
+        state = obs["state"].flatten(1)
+        return state if self.cond_mlp is None else self.cond_mlp(state)
 
     def encode_obs(self, obs: Obs) -> Tensor:
         """The observation's share of the first layer, bias included: [B, H]."""
-        state = obs["state"].flatten(1)
-        if self.cond_mlp is not None:
-            state = self.cond_mlp(state)
-        return F.linear(state, self._columns(2), self.mlp_mean.first.bias)
+        first = self.mlp_mean.first
+        return F.linear(self.features(obs), self._columns(first, 2), first.bias)
 
     def time_table(self, t: Tensor) -> Tensor:
         """The time's share of the first layer for timesteps ``t`` [n]: [n, H]."""
-        return F.linear(self.time_embedding(t), self._columns(1))
+        layers: Any = self.time_embedding
+        first, (embedding, one, _, two) = self.mlp_mean.first, layers
+        sources = (first.weight, one.weight, one.bias, two.weight, two.bias, embedding.frequency, t)
+        return self.times(sources, lambda: F.linear(self.time_embedding(t), self._columns(first, 1)))
 
     def denoise(self, x: Tensor, time: Tensor, obs: Tensor) -> Tensor:
         """x [B, Th, Da], a row or rows of ``time_table`` [H] or [B, H], ``encode_obs`` [B, H] -> [B, Th, Da]."""
-        h = torch.addmm(obs + time, x.flatten(1), self._columns(0).t())
+        h = torch.addmm(obs + time, x.flatten(1), self._columns(self.mlp_mean.first, 0).t())
         return self.mlp_mean.rest(h).view(-1, *self.action_shape)
 
     def step(self) -> MLPStep | None:
         """What ``denoise`` computes, for the op that runs a whole chain; None where it has more than that op knows."""
         if not self.fusible:
             return None
-        layers = [module for module in self.mlp_mean.modules() if isinstance(module, nn.Linear)]
-        pairs = tuple((layer.weight, layer.bias) for layer in layers[1:])
-        return MLPStep(self._columns(0), pairs, self.activation_type, isinstance(self.mlp_mean, ResidualMLP))
+        first, *others = self.mlp_mean.linears
+        pairs = tuple((linear.weight, linear.bias) for linear in others)
+        return MLPStep(self._columns(first, 0), pairs, self.activation_type, isinstance(self.mlp_mean, ResidualMLP))
 
     def forward(self, x: Tensor, t: Tensor, obs: Obs) -> Tensor:
         """x [B, Th, Da], t [B] -> [B, Th, Da]."""
         return self.denoise(x, self.time_table(t), self.encode_obs(obs))
 
-    def _columns(self, part: int) -> Tensor:
-        start = sum(self.sizes[:part])
-        return self.mlp_mean.first.weight[:, start : start + self.sizes[part]]
+    def _columns(self, first: nn.Linear, part: int) -> Tensor:
+        return first.weight.narrow(1, sum(self.sizes[:part]), self.sizes[part])
 
 
-class GaussianMLP(nn.Module):
+class GaussianMLP(GaussianNetwork):
     """obs -> (mean, std) of a diagonal Gaussian over the action chunk, each [B, Th * Da].
 
-    std is ``fixed_std``; or one learned value per action dimension (``learn_fixed_std``), clamped to [std_min,
-    std_max]; or, with ``fixed_std=None``, an output of the network squashed between them in log-variance.
+    With ``fixed_std=None`` the log-variance is the output of a second head on the mean's trunk, squashed to its range
+    by tanh, or, without ``shared_trunk``, of an MLP of its own. ``visual_dim`` is what a subclass's ``features`` adds.
     """
 
     def __init__(
@@ -213,50 +244,39 @@ class GaussianMLP(nn.Module):
         tanh_output: bool = True,
         residual_style: bool = False,
         use_layernorm: bool = False,
+        dropout: float = 0.0,
         fixed_std: float | None = None,
         learn_fixed_std: bool = False,
         std_min: float = 0.01,
         std_max: float = 1.0,
+        *,
+        visual_dim: int = 0,
+        shared_trunk: bool = True,
     ) -> None:
-        super().__init__()
-        if learn_fixed_std and fixed_std is None:
-            raise UserError("learn_fixed_std=true needs fixed_std, the value to start from")
-        self.horizon_steps = horizon_steps
-        self.action_dim = action_dim
+        super().__init__(action_dim, horizon_steps, fixed_std, learn_fixed_std, std_min, std_max)
         self.tanh_output = tanh_output
-        self.fixed_std = fixed_std
-        self.learn_fixed_std = learn_fixed_std
         n_out = action_dim * horizon_steps
-        dims = [cond_dim, *mlp_dims]
+        dims = [visual_dim + cond_dim, *mlp_dims]
+        self.shared_trunk = shared_trunk and fixed_std is None
+        style: dict[str, Any] = {"use_layernorm": use_layernorm, "residual_style": residual_style, "dropout": dropout}
         self.mlp_mean: MLP | ResidualMLP
-        if fixed_std is None:
-            self.mlp_base: MLP | ResidualMLP
-            if residual_style:
-                self.mlp_base = ResidualMLP(dims, activation_type, activation_type, use_layernorm)
-            else:
-                self.mlp_base = MLP(dims, activation_type, activation_type, use_layernorm, norm_last=True)
+        if self.shared_trunk:
+            self.mlp_base = trunk(dims, activation_type, activation_type, norm_last=True, **style)
             self.mlp_mean = MLP([mlp_dims[-1], n_out])
             self.mlp_logvar = MLP([mlp_dims[-1], n_out])
         else:
-            self.mlp_mean = trunk(
-                [*dims, n_out], activation_type, use_layernorm=use_layernorm, residual_style=residual_style
-            )
-        if learn_fixed_std:
-            self.logvar = nn.Parameter(torch.full((action_dim,), 2 * math.log(fixed_std or 1.0)))
-        self.logvar_min = nn.Parameter(torch.tensor(2 * math.log(std_min)), requires_grad=False)
-        self.logvar_max = nn.Parameter(torch.tensor(2 * math.log(std_max)), requires_grad=False)
+            self.mlp_mean = trunk([*dims, n_out], activation_type, **style)
+            if fixed_std is None:
+                self.mlp_logvar = MLP([dims[0], dims[-1], n_out], activation_type, use_layernorm=use_layernorm)
 
     def forward(self, obs: Obs) -> tuple[Tensor, Tensor]:
-        state = obs["state"].flatten(1)
-        hidden = self.mlp_base(state) if self.fixed_std is None else state
+        hidden = self.features(obs)
+        if self.shared_trunk:
+            hidden = self.mlp_base(hidden)
         mean = self.mlp_mean(hidden)
         if self.tanh_output:
             mean = mean.tanh()
-        if self.fixed_std is None:
-            span = self.logvar_max - self.logvar_min
-            logvar = self.logvar_min + 0.5 * span * (self.mlp_logvar(hidden).tanh() + 1)
-            return mean, (0.5 * logvar).exp()
-        if self.learn_fixed_std:
-            std = (0.5 * self.logvar.clamp(self.logvar_min, self.logvar_max)).exp()
-            return mean, std.repeat(self.horizon_steps).expand_as(mean)
-        return mean, torch.full_like(mean, self.fixed_std)
+        logvar = None if self.fixed_std is not None else self.mlp_logvar(hidden)
+        if logvar is not None and self.shared_trunk:
+            logvar = self.logvar_min + 0.5 * (self.logvar_max - self.logvar_min) * (logvar.tanh() + 1)
+        return mean, self.std(mean, logvar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Policy(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.noise = NoiseStream(0)
+        self.env_ids: Tensor
+        self.register_buffer("env_ids", torch.arange(0), persistent=False)
 
     @property
     @abstractmethod
@@ -53,8 +56,16 @@ class Policy(nn.Module, ABC):
         """What ``ent_coef`` rewards: the entropy of a Gaussian, the mean eta of a diffusion policy; 0-d."""
 
     @abstractmethod
+    def cloning_errors(self, obs: Obs, action: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
+        """What pre-training minimises, of each of the chunks ``action`` [B, Th, Da]: [B]."""
+
+    def cloning_draws(self, batch: int) -> dict[str, Tensor]:
+        """The random numbers that ``cloning_errors`` takes; here none."""
+        return {}
+
     def cloning_loss(self, obs: Obs, action: Tensor) -> Tensor:
         """The pre-training loss on demonstrated chunks ``action`` [B, Th, Da]."""
+        return self.cloning_errors(obs, action, self.cloning_draws(len(action))).mean()
 
     @abstractmethod
     def behaviour_cloning_loss(self, obs: Obs) -> Tensor:
@@ -67,7 +78,9 @@ class Policy(nn.Module, ABC):
 
     def draw_noise(self, batch: int, draws: int) -> Tensor:
         """[draws, B, Th, Da]: the standard normals of this decision, which are the same in every batch."""
-        env = torch.arange(batch, device=next(self.parameters()).device)
+        if len(self.env_ids) < batch:
+            self.env_ids = torch.arange(batch, device=self.env_ids.device)
+        env = self.env_ids[:batch]
         step = torch.full_like(env, self.noise.step)
         self.noise.step += 1
         noise = keyed_normal(self.noise.seed, env, step, draws, self.horizon_steps * self.action_dim)

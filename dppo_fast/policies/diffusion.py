@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dppo_fast.diffusion.likelihood import denoising_loss, predict
-from dppo_fast.diffusion.sampler import Chain, Clips, Scoring, Segment, sample_chain
+from dppo_fast.diffusion.likelihood import denoising_errors, predict
+from dppo_fast.diffusion.sampler import Chain, Clips, Scoring, Segment, differentiable_chain, sample_chain
 from dppo_fast.diffusion.schedule import NoiseSchedule
 from dppo_fast.kernels.chain_log_prob import chain_log_prob
 from dppo_fast.kernels.denoise_step import gaussian_log_density, posterior_mean
@@ -61,7 +61,7 @@ class DiffusionPolicy(Policy):
     """``actor`` denoises the first S-F steps and is frozen once F > 0; ``actor_ft`` denoises the last F and is trained.
 
     ``record``: ``chain`` [N, F+1, Th, Da], the points around each fine-tuned step, and ``log_prob`` [N, F], the
-    behaviour log-probs that the sampler emits.
+    behaviour log-probs that the sampler emits; with F = 0, ``action``.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class DiffusionPolicy(Policy):
             )
         if config.learn_eta and (eta is None or not self.schedule.ddim):
             raise UserError("learn_eta=true needs DDIM (ddim_steps) and an eta network")
+        if config.learn_eta and eta is not None and not all(p.isfinite().all() for p in eta.parameters()):
+            raise UserError("learn_eta=true needs base_eta inside (min_eta, max_eta): at a bound it has no gradient")
         self.config = config
         self.horizon_steps = horizon_steps
         self.action_dim = action_dim
@@ -129,7 +131,7 @@ class DiffusionPolicy(Policy):
         chain = self.sampler({**obs, "noise": noise}, deterministic)
         action = chain.action.clone() if self.sampler.enabled else chain.action
         if chain.points is None or chain.log_prob is None:
-            return Act(action, {})
+            return Act(action, {} if deterministic else {"action": action})
         return Act(action, {"chain": chain.points, "log_prob": chain.log_prob})
 
     def _sample(self, inputs: Mapping[str, Tensor], deterministic: bool) -> Chain:
@@ -145,24 +147,34 @@ class DiffusionPolicy(Policy):
         base_policy: bool = False,
     ) -> Chain:
         """Denoise ``noise`` [S + 1, B, Th, Da]; ``base_policy`` uses the frozen network at every step."""
+        segments = self._segments(base_policy)
+        eta = None if deterministic else self.eta_of(obs)
+        std = self.schedule.deterministic_std() if deterministic else self._sampling_std(eta)
+        scoring = Scoring(self.first_ft_step, self.min_log_prob_std, self.reward_horizon) if score else None
+        return sample_chain(segments, self.schedule, obs, noise, std, self.clips, deterministic, eta, scoring)
+
+    def rsample(self, obs: Obs, noise: Tensor) -> Tensor:
+        """The action [B, Th, Da] of the stochastic `sample`, differentiable through the whole chain."""
+        eta = self.eta_of(obs)
+        std = self._sampling_std(eta)
+        return differentiable_chain(self._segments(), self.schedule, obs, noise, std, self.clips, eta)
+
+    def _segments(self, base_policy: bool = False) -> list[Segment]:
         S, first = self.schedule.steps, self.first_ft_step
         if base_policy or self.actor_ft is None:
-            segments = [Segment(self.actor, range(S), self.recipe.trained)]
+            return [Segment(self.actor, range(S), self.recipe.trained)]
+        return [
+            Segment(self.actor, range(first), self.recipe.base),
+            Segment(self.actor_ft, range(first, S), self.recipe.trained),
+        ]
+
+    def _sampling_std(self, eta: Tensor | None) -> Tensor:
+        """[S], or [S, B, 1, 1 or Da] with ``eta``."""
+        if eta is None:
+            std = self.schedule.table[:, 4]
         else:
-            segments = [
-                Segment(self.actor, range(first), self.recipe.base),
-                Segment(self.actor_ft, range(first, S), self.recipe.trained),
-            ]
-        eta = None if deterministic else self.eta_of(obs)
-        if deterministic:
-            std = self.schedule.deterministic_std()
-        elif eta is None:
-            std = self.schedule.table[:, 4].clamp(min=self.min_sampling_std)
-        else:
-            std = torch.stack([self.schedule.coefficients(k, eta=eta).std for k in range(S)])
-            std = std.clamp(min=self.min_sampling_std)
-        scoring = Scoring(first, self.min_log_prob_std, self.reward_horizon) if score else None
-        return sample_chain(segments, self.schedule, obs, noise, std, self.clips, deterministic, eta, scoring)
+            std = torch.stack([self.schedule.coefficients(k, eta=eta).std for k in range(self.schedule.steps)])
+        return std.clamp(min=self.min_sampling_std)
 
     def select(self, record: Record, row: Tensor, k: Tensor) -> Record:
         chain = record["chain"].flatten(0, 1)
@@ -204,16 +216,21 @@ class DiffusionPolicy(Policy):
         constant = self.eta.constant if self.eta is not None and self.eta.constant is not None else 1.0
         return torch.full((), constant, device=obs["state"].device) if eta is None else eta.mean()
 
-    def cloning_loss(self, obs: Obs, action: Tensor) -> Tensor:
-        """The denoising loss at uniform timesteps."""
+    def cloning_draws(self, batch: int) -> dict[str, Tensor]:
+        """Uniform timesteps ``t`` [B] among all K, and ``noise`` [B, Th, Da]."""
         K = self.schedule.denoising_steps
-        t = torch.randint(K, (len(action),), generator=self.generator, device=action.device)
-        return self.denoising_loss(obs, action, t, self.randn(*action.shape))
+        t = torch.randint(K, (batch,), generator=self.generator, device=self.schedule.table.device)
+        return {"t": t, "noise": self.randn(batch, self.horizon_steps, self.action_dim)}
+
+    def cloning_errors(self, obs: Obs, action: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
+        """The mean squared errors of denoising from the timesteps and the noise drawn."""
+        network: Any = self.trained()
+        epsilon = self.config.predict_epsilon
+        return denoising_errors(network, self.schedule, obs, action, draws["t"], draws["noise"], epsilon)
 
     def denoising_loss(self, obs: Obs, action: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The squared error of denoising ``action`` from timesteps ``t`` [B] and ``noise`` [B, Th, Da]."""
-        network: Any = self.trained()
-        return denoising_loss(network, self.schedule, obs, action, t, noise, self.config.predict_epsilon)
+        """The mean of ``cloning_errors`` at timesteps ``t`` [B] with ``noise`` [B, Th, Da]."""
+        return self.cloning_errors(obs, action, {"t": t, "noise": noise}).mean()
 
     def set_ft_steps(self, ft_steps: int) -> None:
         """Fine-tune fewer steps from now on: the steps given up keep the present fine-tuned weights, frozen.
