@@ -54,6 +54,40 @@ PPO = [
 ]
 """A Gaussian policy with running observation normalisation; an iteration is 16 decisions and 6 minibatches."""
 
+DQL = [
+    "cfg=gym/finetune/hopper-v2/ft_dql_diffusion_mlp",
+    "policy.checkpoint=null",
+    *COMMON,
+    *SMALL_ENV,
+    *SMALL_DIFFUSION,
+    "critic.mlp_dims=[8,8,8]",
+    "algorithm.batch_size=12",
+    "algorithm.replay_ratio=4",
+    "algorithm.buffer_size=40",
+    "algorithm.n_critic_warmup_itr=1",
+    "train.n_train_itr=3",
+    "train.n_steps=6",
+    "train.val_freq=2",
+]
+"""A replay buffer that runs over; an iteration is 6 decisions and 6 minibatches, 6 or 12 steps."""
+
+SAC = [
+    "cfg=gym/scratch/hopper-v2/sac_mlp",
+    *COMMON,
+    *SMALL_ENV,
+    "policy.network.mlp_dims=[8]",
+    "critic.mlp_dims=[8]",
+    "algorithm.batch_size=12",
+    "algorithm.critic_replay_ratio=4",
+    "algorithm.actor_replay_ratio=2",
+    "algorithm.n_explore_steps=4",
+    "train.n_train_itr=3",
+    "train.n_steps=6",
+    "train.val_freq=2",
+    "train.save_freq=1",
+]
+"""From exploration into learning; an iteration is 6 decisions and, from the second on, 6 minibatches."""
+
 BC = [
     "cfg=gym/pretrain/hopper-medium-v2/pre_diffusion_mlp",
     *COMMON,

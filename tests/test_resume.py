@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dppo_fast.checkpoint import checkpoints
-from tests.runs import BC, DPPO, PPO, assert_same_runs, demonstrations, killed, rows, train, train_until
+from tests.runs import BC, DPPO, DQL, PPO, SAC, assert_same_runs, demonstrations, killed, rows, train, train_until
 
 COLLECT = "dppo_fast.buffer:RolloutBuffer.add"
 UPDATE = "dppo_fast.optim:Trainable.step"
@@ -25,6 +25,8 @@ RUNS = {
     "dppo-envpool": [*DPPO, "env.backend=envpool"],
     "dppo-gymnasium": [*DPPO, "env.backend=gymnasium"],
     "ppo": PPO,
+    "dql": DQL,
+    "sac": SAC,
     "bc": BC,
 }
 
@@ -59,6 +61,11 @@ def whole(arguments: Callable[[str], list[str]], tmp_path_factory: pytest.TempPa
         ("dppo-gymnasium", UPDATE, 12 + 5),
         ("ppo", COLLECT, 16 + 9),
         ("ppo", UPDATE, 12 + 5),
+        ("dql", COLLECT, 6 + 3),
+        ("dql", UPDATE, 6 + 5),
+        ("sac", COLLECT, 6 + 3),
+        ("sac", UPDATE, 6 + 5),
+        pytest.param("dql", "dppo_fast.journal:Journal.prune", 2, id="between checkpoint and pruning the replay"),
         ("bc", UPDATE, 5 + 3),
         pytest.param("dppo-envpool", COLLECT, 3, id="in the first iteration"),
         pytest.param("dppo-envpool", EVALUATE, 1, id="before the first checkpoint"),
@@ -82,7 +89,7 @@ def test_a_killed_run_resumes_exactly(
     assert (run / "learning_curve.png").is_file()
 
 
-@pytest.mark.parametrize("name", ["dppo-envpool", "ppo", "bc"])
+@pytest.mark.parametrize("name", ["dppo-envpool", "ppo", "dql", "sac", "bc"])
 def test_the_seed_determines_the_run(
     name: str, arguments: Callable[[str], list[str]], whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
