@@ -245,11 +245,15 @@ class PolicyWeights:
         return "; ".join(parts)
 
     def require_dims(self, obs_shapes: ObsShapes, action_dim: int) -> None:
-        """Raises CheckpointError where the policy is known to be of a task with other dims."""
+        """Raises CheckpointError where the policy is known to be of a task with other dims; what it does not look at may
+        be there.
+        """
         if self.interface is None:
             return
-        own = describe_dims(self.interface["obs_shapes"], self.interface["action_dim"])
-        if own != (wanted := describe_dims(obs_shapes, action_dim)):
+        seen = self.interface["obs_shapes"]
+        own = describe_dims(seen, self.interface["action_dim"])
+        wanted = describe_dims({name: shape for name, shape in obs_shapes.items() if name in seen}, action_dim)
+        if own != wanted:
             raise CheckpointError(f"{self.source} is of another task: it has {own}, this one {wanted}")
 
 

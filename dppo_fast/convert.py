@@ -31,8 +31,10 @@ class ConvertConfig:
     out: str = MISSING
 
 
+DIFFUSION = {"network": "actor", "actor": "actor", "actor_ft": "actor_ft", "eta": "eta"}
 LAYOUTS = {
-    "diffusion": {"network": "actor", "actor": "actor", "actor_ft": "actor_ft", "eta": "eta"},
+    "diffusion": DIFFUSION,
+    "flow": DIFFUSION,
     "gaussian": {"network": "actor_ft", "actor": "actor", "actor_ft": "actor_ft"},
     "gmm": {"network": "actor_ft", "actor_ft": "actor_ft"},
 }

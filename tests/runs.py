@@ -109,7 +109,9 @@ def demonstrations(
     rng = np.random.default_rng(0)
     steps = sum(lengths)
     states, actions = (rng.uniform(-1, 1, (steps, dim)).astype(np.float32) for dim in (state_dim, action_dim))
-    Trajectories(states, actions, np.array(lengths)).save(path)
+    terminals = np.zeros(steps, bool)
+    terminals[np.cumsum(lengths) - 1] = True
+    Trajectories(states, actions, np.array(lengths), np.ones(steps, np.float32), terminals).save(path)
     return path
 
 

@@ -35,7 +35,7 @@ def test_every_configuration_builds(name: str, tmp_path: Path) -> None:
     with initialize_config_dir(str(config_folder()), version_base=None):
         config = parse(plain(compose(name, overrides)))
     assert config.env is not None
-    if config.algorithm["name"] == "bc":
+    if config.data.path is not None:
         config.data.path = str(demonstrations(tmp_path / "data.npz", *DIMS[config.env["id"]]))
         config.algorithm["batch_size"] = 16
     if not config.env["id"].startswith("hopper"):  # whose normalisation is not shipped
