@@ -245,8 +245,8 @@ class PolicyWeights:
         return "; ".join(parts)
 
     def require_dims(self, obs_shapes: ObsShapes, action_dim: int) -> None:
-        """Raises CheckpointError where the policy is known to be of a task with other dims, but for observations that it
-        does not look at.
+        """Raises CheckpointError where the policy is known to be of a task with other dims; observations that it does
+        not look at may differ.
         """
         if self.interface is None:
             return
