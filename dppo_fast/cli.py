@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher, get_close_matches
-from functools import wraps
+from fnmatch import fnmatchcase
+from functools import cache, wraps
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,6 +46,65 @@ def config_names() -> list[str]:
     return sorted(name.as_posix() for name in files if name.parts[0] != "piece")
 
 
+SHOWN = ("env.id", "algorithm.name", "policy.network.name")
+"""Keys of a configuration that `outline` tells."""
+
+
+def outline(name: str) -> tuple[str, str, str]:
+    """Task, algorithm and network of a configuration, read off its defaults: for a list Hydra would take too long."""
+    said = _said(f"/{name}", "")
+    task, algorithm, network = (said.get(key) for key in SHOWN)
+    return str(task), str(algorithm or "evaluation"), str(network)
+
+
+@cache
+def _said(name: str, package: str) -> dict[str, str]:
+    """What the file ``name``, put under the key ``package``, and its defaults say of `SHOWN`; the last word holds."""
+    import yaml
+
+    text = (config_folder() / f"{name[1:]}.yaml").read_text()
+    node = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    said: dict[str, str] = {}
+    for entry in node.get("defaults", []):
+        if entry != "_self_":
+            where, choice = next(iter(entry.items())) if isinstance(entry, dict) else (entry, "")
+            path, _, inside = where.partition("@")
+            path = path if path[0] == "/" else f"{name.rpartition('/')[0]}/{path}"
+            inside = package if inside in ("", "_here_") else f"{package}.{inside}".lstrip(".")
+            said |= _said(f"{path}/{choice}".rstrip("/"), inside)
+    for key in SHOWN:
+        if key.startswith(package):
+            value: Any = node
+            for part in key.removeprefix(package).strip(".").split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if value is not None:
+                said[key] = value
+    return said
+
+
+def print_list(patterns: Sequence[str]) -> None:
+    """The configurations whose names contain one of ``patterns``, or match it where it has a star; all without one."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    matching = [pattern if "*" in pattern else f"*{pattern}*" for pattern in patterns or "*"]
+    rows = [
+        (name, *outline(name)) for name in config_names() if any(fnmatchcase(name, pattern) for pattern in matching)
+    ]
+    if not rows:
+        raise UserError(f"no configuration matches {' '.join(patterns)}; --list alone shows all")
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table("configuration", "task", "algorithm", "network", box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
 def config_source(arguments: Sequence[str]) -> list[str]:
     """Hydra's arguments for what ``cfg=<name or file>``, or else ``resume=<run>``, names.
 
@@ -55,15 +115,15 @@ def config_source(arguments: Sequence[str]) -> list[str]:
     if run is not None and not Path(run, "config.yaml").is_file():
         raise UserError(f"resume={run}: not a run directory, it holds no config.yaml")
     if name is None and run is None:
-        raise UserError("cfg=<name> is missing, for example cfg=quickstart; --help lists all names")
+        raise UserError("cfg=<name> is missing, for example cfg=quickstart; --list shows all")
     if name is None or name.endswith(".yaml"):
         file = Path(name or f"{run}/config.yaml")
         if not file.is_file():
-            raise UserError(f"cfg={name}: no such file; give one, or a name that --help lists")
+            raise UserError(f"cfg={name}: no such file; give one, or a name that --list shows")
         return ["--config-dir", str(file.parent.resolve()), "--config-name", file.stem]
     if name not in (names := config_names()):
         near = get_close_matches(name, names, n=3, cutoff=0.3)
-        raise UserError(f"cfg={name} is unknown; nearest: {', '.join(near) or 'none'}; --help lists all names")
+        raise UserError(f"cfg={name} is unknown; nearest: {', '.join(near) or 'none'}; --list shows all")
     return ["--config-name", name]
 
 
@@ -76,7 +136,8 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def guarded(run: Callable[[], object]) -> int:
-    """Run a main: 0, or 2 after one line on a user's mistake, or 130 after one on Ctrl-C, which may say how to go on.
+    """Run a main: 0, or 2 after one line on a user's mistake, or 130 after one on Ctrl-C, which may say how to go on;
+    128 + its number after another signal.
 
     Anything else keeps its traceback.
     """
@@ -95,7 +156,7 @@ def guarded(run: Callable[[], object]) -> int:
         return 2
     except KeyboardInterrupt as interruption:
         print("; ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
-        return INTERRUPTED
+        return getattr(interruption, "code", INTERRUPTED)
     return 0
 
 
@@ -118,13 +179,32 @@ def command_main(schema: type[T], command: Callable[[T], object], arguments: Seq
     return guarded(run)
 
 
+def described_main(schema: type[T], command: Callable[..., object], arguments: Sequence[str], usage: str) -> int:
+    """As `command_main`; where ``cfg=`` and its overrides describe a run, that is the command's second argument."""
+    if not any(argument.startswith("cfg=") for argument in arguments):
+        return command_main(schema, command, arguments, usage)
+    keys = tuple(f"{name}=" for name in schema.__dataclass_fields__)  # type: ignore[attr-defined]
+    own = [argument for argument in arguments if argument.startswith(keys)]
+
+    def described(node: DictConfig) -> None:
+        from omegaconf import OmegaConf
+
+        from dppo_fast.config import plain, typed
+
+        command(typed(schema, OmegaConf.from_dotlist(own), ""), plain(node))
+
+    return hydra_main(described, [argument for argument in arguments if argument not in own], usage)
+
+
 def hydra_main(task: Callable[[DictConfig], object], arguments: Sequence[str], usage: str) -> int:
     """Compose the configuration that ``arguments`` describe and hand it to ``task``."""
 
     def run() -> None:
         if HELP.intersection(arguments) and not any(argument.startswith("cfg=") for argument in arguments):
             print(usage)
-            print("Names for cfg:", *config_names(), sep="\n  ")
+            return
+        if "--list" in arguments:
+            print_list([argument for argument in arguments if argument != "--list"])
             return
         source = config_source(arguments)
         with TemporaryDirectory() as scratch:  # Hydra describes a --multirun there

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from dppo_fast.downloads import fetch
 from dppo_fast.types import UserError
 
 T = TypeVar("T")
@@ -92,9 +93,9 @@ def plain(node: DictConfig) -> dict[str, Any]:
 
 
 def resolve_path(path: str) -> str:
-    """``asset:<name>`` is a file that the package ships; anything else is taken as it is."""
+    """``asset:<name>`` is a file that the package ships; of others, published ones are downloaded when missing."""
     if not path.startswith("asset:"):
-        return path
+        return fetch(path)
     name = path.removeprefix("asset:")
     file = Path(str(resources.files("dppo_fast"))) / "assets" / name
     if not file.exists():
@@ -114,7 +115,7 @@ def _writable(node: DictConfig) -> DictConfig:
 
 def _assets() -> list[str]:
     folder = Path(str(resources.files("dppo_fast"))) / "assets"
-    return [f"asset:{file.relative_to(folder)}" for file in folder.rglob("*") if file.is_file()]
+    return [f"asset:{file.relative_to(folder)}" for file in folder.glob("*/*") if file.is_file()]
 
 
 def _parameters(cls: type) -> dict[str, Any]:

@@ -27,10 +27,11 @@ def activation_bytes(function: Callable[[], object], parameters: Iterable[Tensor
 
 def describe_memory(sizes: Mapping[str, int]) -> str:
     """One line of what takes how many bytes."""
-    return "memory: " + ", ".join(f"{name} {_readable(size)}" for name, size in sizes.items())
+    return "memory: " + ", ".join(f"{name} {readable(size)}" for name, size in sizes.items())
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
+    """A number of bytes to three digits."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
