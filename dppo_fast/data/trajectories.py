@@ -79,7 +79,7 @@ class Trajectories:
         """
         path = Path(path)
         try:
-            trajectories = cls(**_read(path))
+            trajectories = cls(**read_arrays(path))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         largest = float(np.abs(trajectories.actions).max())
@@ -135,10 +135,13 @@ class Trajectories:
         return {key: array for key, array in values.items() if array is not None}
 
 
-def _read(path: Path) -> Mapping[str, NDArray[Any]]:
-    """The arrays that ``Trajectories`` knows, without ever unpickling."""
+def read_arrays(path: Path) -> Mapping[str, NDArray[Any]]:
+    """The arrays that ``Trajectories`` knows, unchecked, without ever unpickling; see `Trajectories.load`."""
     if path.suffix in (".pkl", ".pickle"):
-        raise UserError("a pickle is not loaded, because unpickling runs code; save its arrays as .npz with np.savez")
+        raise UserError(
+            "a pickle is not loaded, because unpickling runs code; "
+            "python -m dppo_fast.data.convert reference source=<file> out=<folder> makes an npz of it"
+        )
     if not path.is_file():
         raise UserError("no such file; give the path of an .npz with states, actions and traj_lengths")
     if not zipfile.is_zipfile(path):
