@@ -185,6 +185,19 @@ def test_without_a_terminal_an_iteration_is_a_line(tmp_path: Path, capsys: pytes
     )
 
 
+@pytest.mark.parametrize(("terminal", "live"), [("xterm", True), ("dumb", False)])
+def test_on_a_terminal_the_panel_is_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: str, live: bool
+) -> None:
+    """On one that can move its cursor; another gets the lines."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any output for a terminal
+    monkeypatch.setenv("TERM", terminal)
+    write(tmp_path, [finetuning_row(0)], live=None)
+    shown = capsys.readouterr().out
+    assert ("╭" in shown, "[  0/100]" in shown) == (live, not live)
+    assert len(read_metrics(tmp_path / "metrics.csv")) == 1
+
+
 def draw(progress: Progress, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     console.print(progress)

@@ -161,7 +161,7 @@ def print_summary(
         if key in before and key in after:
             change = after[key] - before[key]
             cells = [_plus_minus(row[key], row.get(f"{key}_std")) for row in (before, after)]
-            table.add_row(label, *cells, f"{'+' if change > 0 else ''}{_number(change)}")
+            table.add_row(label, *cells, f"{'+' if change > 0 else ''}{number(change)}")
     if "eval/success_rate" in before and "eval/success_rate" in after:
         rates = [100 * row["eval/success_rate"] for row in (before, after)]
         table.add_row("success rate", *(f"{rate:.1f} %" for rate in rates), f"{rates[1] - rates[0]:+.1f} %")
@@ -178,7 +178,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _number(value: float, scale: float | None = None) -> str:
+def number(value: float, scale: float | None = None) -> str:
     """Three or four digits of ``value``, or as many decimals as a number of size ``scale`` would get."""
     size = abs(value if scale is None else scale)
     if size == 0 or 1e-3 <= size < 1e7:
@@ -188,7 +188,7 @@ def _number(value: float, scale: float | None = None) -> str:
 
 
 def _plus_minus(mean: float, std: float | None) -> str:
-    return _number(mean) if std is None else f"{_number(mean)} ± {_number(std, scale=mean)}"
+    return number(mean) if std is None else f"{number(mean)} ± {number(std, scale=mean)}"
 
 
 def _sparkline(values: list[float], width: int) -> str:

@@ -1,0 +1,1 @@
+"""Runs compared on one web page: `runs` reads and groups them, `charts` draws, `page` puts it together."""
