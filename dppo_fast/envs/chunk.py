@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dppo_fast.envs.normalize import Normalization
 from dppo_fast.envs.replay import EpisodeLog
-from dppo_fast.envs.simulator import Array, Ids, Simulator
+from dppo_fast.envs.simulator import Array, Drawing, Ids, Simulator
 from dppo_fast.types import Obs, ObsShapes, Step, UserError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ class ChunkEnv:
 
     A NaN or Inf from the simulator ends the episode at the last finite observation: ``Step.valid`` is False there and
     the reward 0. ``nan_count`` counts these events, those at a reset included.
+
+    ``groups`` are slices of the envs. What `start` begins in one goes on in the background, one group at a time, until
+    `finish`; the results are those of `step`.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class ChunkEnv:
         training: bool = True,
         time_limit_terminates: bool = False,
         image_steps: int | None = None,
+        groups: int = 1,
     ) -> None:
         """``seed`` serves a first `reset` without one; ``training``: a running normalization learns here.
 
@@ -62,6 +67,7 @@ class ChunkEnv:
         self.max_episode_steps = max_episode_steps
         self.normalization = normalization
         self.nan_count = 0
+        self.observer: Callable[[Ids], object] | None = None  # told of every simulator step which envs made it
         self._simulator = simulator
         self._seed = seed
         self._training = training
@@ -72,13 +78,17 @@ class ChunkEnv:
             name: np.zeros((self.num_envs, *shape), np.float64 if name == "state" else np.uint8)
             for name, shape in self.obs_shapes.items()
         }
-        obs = {
-            name: ((self.num_envs, *shape), torch.float32 if name == "state" else torch.uint8)
-            for name, shape in self.obs_shapes.items()
-        }
-        outcome = {"reward": torch.float32, "terminated": torch.bool, "truncated": torch.bool, "valid": torch.bool}
-        self._host_obs = _HostBlock(obs, device)
-        self._host_step = _HostBlock(obs | {name: ((self.num_envs,), dtype) for name, dtype in outcome.items()}, device)
+        parts = np.array_split(np.arange(self.num_envs), groups)
+        self.groups = [slice(int(ids[0]), int(ids[-1]) + 1) for ids in parts]
+        self._all = _Rows(np.arange(self.num_envs), self.obs_shapes, device)
+        self._parts = [_Rows(ids, self.obs_shapes, device) for ids in parts] if groups > 1 else [self._all]
+        self._background = ThreadPoolExecutor(1)
+        self._pending: dict[int, Future[_Outcome]] = {}
+
+    @property
+    def worker_deaths(self) -> int:
+        """How many of the simulator's processes died and were started anew."""
+        return int(getattr(self._simulator, "worker_deaths", 0))
 
     @property
     def raw_obs(self) -> dict[str, Array]:
@@ -93,21 +103,33 @@ class ChunkEnv:
             self._simulator.seed(self._seed, self._log.resets)
         self._begin_episodes(np.arange(self.num_envs))
         self._learn()
-        self._write_obs(self._host_obs, self._history)
-        return self._host_obs.send()
+        return self._send_obs(self._all, self._history)
 
     def step(self, action: Tensor) -> Step:
         """Execute ``action`` [N, act_steps, Da], normalised to [-1, 1].
 
         Raises ValueError where the shape differs, FloatingPointError where an action is not finite.
         """
-        self._require_started()
-        actions = self._raw_actions(action)  # [N, Ta, Da]
+        return self._deliver(self._all, self._advance(self._raw_actions(action, self._all), self._all.ids))
+
+    def start(self, action: Tensor, group: int) -> None:
+        """Begin to execute ``action`` [n, act_steps, Da] in one of the ``groups``. Raises as `step`."""
+        rows = self._parts[group]
+        self._pending[group] = self._background.submit(self._advance, self._raw_actions(action, rows), rows.ids)
+
+    def finish(self, group: int) -> Step:
+        """What came of the chunk that was started in ``group``."""
+        return self._deliver(self._parts[group], self._pending.pop(group).result())
+
+    def _advance(self, actions: NDArray[np.float64], ids: Ids) -> _Outcome:
+        """Execute ``actions`` [N, Ta, Da] in the envs ``ids``, and start new episodes where that ended theirs."""
         reward = np.zeros(self.num_envs)
         terminated, truncated, valid = (np.full(self.num_envs, value) for value in (False, False, True))
-        live: Ids = np.arange(self.num_envs)
+        live = ids
         for t in range(self.act_steps):
             obs, rewards, ended, cut = self._simulator.step(actions[live, t], live)
+            if self.observer is not None:
+                self.observer(live)
             finite = self._check_finite(live, obs["state"], rewards)
             self._elapsed[live] += 1
             self._remember(live[finite], {name: value[finite] for name, value in obs.items()})
@@ -121,28 +143,29 @@ class ChunkEnv:
         if self._time_limit_terminates:
             terminated |= truncated & valid
             truncated &= ~terminated
-        self._log.append(actions)
+        self._log.append(actions[ids], ids)
 
         over = np.flatnonzero(terminated | truncated)
         final = self.raw_obs if over.size else None
         if over.size:
             self._begin_episodes(over)
         self._learn()
-        self._write_obs(self._host_step, self._history)
-        self._host_step.arrays["reward"][:] = np.where(valid, reward, 0)
-        self._host_step.arrays["terminated"][:] = terminated
-        self._host_step.arrays["truncated"][:] = truncated
-        self._host_step.arrays["valid"][:] = valid
-        sent = self._host_step.send()
-        if final is not None:
-            self._write_obs(self._host_obs, final)
+        flags = {"terminated": terminated, "truncated": truncated, "valid": valid}
+        return _Outcome({"reward": np.where(valid, reward, 0), **flags}, final)
+
+    def _deliver(self, rows: _Rows, outcome: _Outcome) -> Step:
+        """A step's results on the device."""
+        self._write_obs(rows, rows.step, self._history)
+        for name, value in outcome.arrays.items():
+            rows.step.arrays[name][:] = value[rows.ids]
+        sent = rows.step.send()
         return Step(
             obs={name: sent[name] for name in self.obs_shapes},
-            final_obs=None if final is None else self._host_obs.send(),
+            final_obs=None if outcome.final is None else self._send_obs(rows, outcome.final),
             reward=sent["reward"],
             terminated=sent["terminated"],
             truncated=sent["truncated"],
-            valid=None if valid.all() else sent["valid"],
+            valid=None if rows.step.arrays["valid"].all() else sent["valid"],
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,10 +203,16 @@ class ChunkEnv:
         self._elapsed = self._log.lengths * self.act_steps
         for name, value in history.items():
             self._history[name][:] = value
-        self._write_obs(self._host_obs, self._history)
-        return self._host_obs.send()
+        return self._send_obs(self._all, self._history)
+
+    def render(self, env: int) -> NDArray[np.uint8]:
+        """How one env looks now [H, W, 3]. Raises UserError where the simulator cannot draw."""
+        if not isinstance(self._simulator, Drawing):
+            raise UserError(f"render: {type(self._simulator).__name__} cannot be drawn")
+        return self._simulator.render(env)
 
     def close(self) -> None:
+        self._background.shutdown()
         self._simulator.close()
 
     @property
@@ -194,14 +223,18 @@ class ChunkEnv:
         if not self._started:
             raise RuntimeError("the environment has not been reset yet: call reset() first")
 
-    def _raw_actions(self, action: Tensor) -> NDArray[np.float64]:
-        expected = (self.num_envs, self.act_steps, self.action_dim)
+    def _raw_actions(self, action: Tensor, rows: _Rows) -> NDArray[np.float64]:
+        """The chunks of all envs [N, Ta, Da], of which only ``rows`` count, in the simulator's units."""
+        self._require_started()
+        expected = (len(rows.ids), self.act_steps, self.action_dim)
         if tuple(action.shape) != expected:
             raise ValueError(f"action has shape {tuple(action.shape)}, expected (N, act_steps, Da) = {expected}")
         actions = action.detach().cpu().numpy()
         if not np.isfinite(actions).all():
             raise FloatingPointError("the policy's actions hold NaN or Inf")
-        return self.normalization.unnormalize_action(actions)
+        raw = np.empty((self.num_envs, *expected[1:]))
+        raw[rows.ids] = self.normalization.unnormalize_action(actions)
+        return raw
 
     def _begin_episodes(self, ids: Ids) -> None:
         self._elapsed[ids] = 0
@@ -236,9 +269,37 @@ class ChunkEnv:
         if self._training:
             self.normalization.update(self._history["state"][:, -1])
 
-    def _write_obs(self, block: _HostBlock, history: Mapping[str, Array]) -> None:
+    def _write_obs(self, rows: _Rows, block: _HostBlock, history: Mapping[str, Array]) -> None:
         for name, value in history.items():
-            block.arrays[name][:] = self.normalization.normalize_obs(value) if name == "state" else value
+            own = value[rows.ids]
+            block.arrays[name][:] = self.normalization.normalize_obs(own) if name == "state" else own
+
+    def _send_obs(self, rows: _Rows, history: Mapping[str, Array]) -> Obs:
+        self._write_obs(rows, rows.obs, history)
+        return rows.obs.send()
+
+
+class _Outcome(NamedTuple):
+    """What came of a chunk, all [N, ...]: reward and flags, and, where an episode ended, the observations before the
+    resets.
+    """
+
+    arrays: dict[str, Array]
+    final: dict[str, Array] | None
+
+
+class _Rows:
+    """Some of the envs, and what sends their observations and steps."""
+
+    def __init__(self, ids: Ids, obs_shapes: ObsShapes, device: torch.device | str) -> None:
+        self.ids = ids
+        obs = {
+            name: ((len(ids), *shape), torch.float32 if name == "state" else torch.uint8)
+            for name, shape in obs_shapes.items()
+        }
+        outcome = {"reward": torch.float32, "terminated": torch.bool, "truncated": torch.bool, "valid": torch.bool}
+        self.obs = _HostBlock(obs, device)
+        self.step = _HostBlock(obs | {name: ((len(ids),), dtype) for name, dtype in outcome.items()}, device)
 
 
 class _HostBlock:

@@ -23,10 +23,10 @@ class EpisodeLog:
         """Chunks executed in the running episodes [N]."""
         return np.array([len(chunks) for chunks in self._chunks])
 
-    def append(self, actions: NDArray[np.float64]) -> None:
-        """Record one chunk of every env: ``actions`` [N, Ta, Da], which the caller must not write to afterwards."""
-        for chunks, chunk in zip(self._chunks, actions, strict=True):
-            chunks.append(chunk)
+    def append(self, actions: NDArray[np.float64], ids: Ids) -> None:
+        """Record a chunk of each env in ``ids``: ``actions`` [n, Ta, Da], not to be written to afterwards."""
+        for i, chunk in zip(ids, actions, strict=True):
+            self._chunks[i].append(chunk)
 
     def begin(self, ids: Ids) -> None:
         """Record that the envs ``ids`` were reset."""

@@ -89,7 +89,7 @@ def test_a_restored_env_continues_bit_for_bit(backend: str, task: str, tmp_path:
 def test_envpool_and_gymnasium_agree_from_the_same_state() -> None:
     env = gymnasium.make(gymnasium.spec("Hopper-v4"))
     env.reset()
-    pool = EnvPoolSimulator("Hopper-v4", num_envs=3, num_threads=1)
+    pool = EnvPoolSimulator("Hopper-v4", replace(HOPPER, num_envs=3, num_threads=1))
     pool.seed(3, np.zeros(3, np.int64))
     start = pool.reset(np.arange(3))["state"][1]
     env.unwrapped.set_state(np.concatenate([[0], start[:5]]), start[5:])  # type: ignore[attr-defined]
@@ -165,7 +165,7 @@ def test_auto_prefers_envpool_and_falls_back(monkeypatch: pytest.MonkeyPatch, ca
         ({"id": "hopper-medum-v2"}, "nearest names: .*hopper-medium-v2"),
         ({"id": "no_such_package:Env-v0"}, "cannot import no_such_package"),
         ({"id": "Hoper-v4", "backend": "gymnasium"}, "nearest names: .*Hopper-v4"),
-        ({"backend": "envpol"}, r"env\.backend=envpol: unknown; choose from auto, envpool, gymnasium"),
+        ({"backend": "envpol"}, r"env\.backend=envpol: unknown; choose from auto, .*envpool, gymnasium"),
         ({"id": "CartPole-v1", "backend": "gymnasium"}, "actions are Discrete"),
         ({"id": "Pong-v5"}, "observation state is Box"),
         ({"normalization": "nowhere.npz"}, r"env\.normalization=nowhere\.npz: no such file"),
