@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dppo_fast.advantage import normalize_advantage
 from dppo_fast.algorithms.dppo import DPPOConfig, chain_policy_loss, step_tables
-from dppo_fast.diffusion.likelihood import denoising_loss, predict
+from dppo_fast.diffusion.likelihood import denoising_errors, predict
 from dppo_fast.diffusion.sampler import Chain
 from dppo_fast.kernels.denoise_step import LOG_PROB_RANGE, chunk_log_prob, posterior_mean
 from dppo_fast.kernels.ppo_loss import value_loss
@@ -55,13 +55,14 @@ def accelerate(model: Model, strict: bool = False) -> Model:
     The new object is of a subclass of the model's class and shares its ``__dict__``: what trains, anneals or loads one
     of the two does it to both. Signatures and returns stay. Ours are sampling (``forward``), ``get_logprobs``,
     ``get_logprobs_subsample``, ``p_losses`` (of which ``loss`` makes the pre-training loss) and PPO's ``loss``, each
-    where the model has it from one of these classes and with the same arguments; all else is the model's own. They draw
-    the noise that the original would draw from PyTorch's generator, or take it as ``noise=``: [S + 1, B, Th, Da] for a
-    chain, [B, Th, Da] for ``p_losses``.
+    where the model has it from one of these classes; all else is the model's own. They draw the noise that the original
+    would draw from PyTorch's generator, or take it as ``noise=``: [S + 1, B, Th, Da] for a chain, [B, Th, Da] for
+    ``p_losses``.
 
-    A call for something that only the model's own method knows goes there, with one line in the log, or raises
-    UserError if ``strict``. UserError is also raised for models and networks of unknown classes, for parameters that do
-    not fit, and where the denoising steps give other numbers than the original's.
+    A call for something that only the model's own method knows, such as an argument that a fork added, goes there, with
+    one line in the log, or raises UserError if ``strict``; so does a method without our arguments. UserError is also
+    raised for models and networks of unknown classes, for parameters that do not fit, and where the denoising steps
+    give other numbers than the original's.
     """
     originals = dict(inspect.getmembers(type(model), inspect.isfunction))
     known = {name: METHODS[theirs.__qualname__] for name, theirs in originals.items() if theirs.__qualname__ in METHODS}
@@ -71,11 +72,7 @@ def accelerate(model: Model, strict: bool = False) -> Model:
             f"accelerate: {type(model).__name__} is unknown: it is none of {classes}, nor derived from them"
         )
     fast = _Fast(model, strict)
-    methods = {
-        name: _method(originals[name], ours, fast)
-        for name, ours in known.items()
-        if _arguments(originals[name])[1:] == _arguments(ours)[2:]
-    }
+    methods = {name: method for name, ours in known.items() if (method := _method(originals[name], ours, fast))}
     cls: Any = type(f"Accelerated{type(model).__name__}", (type(model),), methods)
     accelerated: Model = cls.__new__(cls)
     accelerated.__dict__ = model.__dict__
@@ -88,20 +85,23 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
 
 
-def _method(theirs: Callable[..., Any], ours: Callable[..., Any], fast: _Fast) -> Callable[..., Any]:
-    """``ours`` as a method with the signature of ``theirs``, to which it falls back."""
-    signature = inspect.signature(theirs)
-    observation = "obs" if "obs" in signature.parameters else "cond"
+def _method(theirs: Callable[..., Any], ours: Callable[..., Any], fast: _Fast) -> Callable[..., Any] | None:
+    """``ours`` as a method with the signature of ``theirs``, to which it falls back; None if that lacks arguments."""
+    signature, (_, *names), (_, _, *shared) = inspect.signature(theirs), _arguments(theirs), _arguments(ours)
+    if names[: len(shared)] != shared:
+        fast.leave(theirs, f"its arguments are not {', '.join(shared)}")
+        return None
+    observation = "obs" if "obs" in names else "cond"
 
     @wraps(theirs)
     def method(model: nn.Module, *args: Any, noise: Tensor | None = None, **kwargs: Any) -> Any:
-        obstacle = fast.obstacle(model, signature.bind(model, *args, **kwargs).arguments[observation])
+        given = signature.bind(model, *args, **kwargs).arguments
+        added = [name for name in names[len(shared) :] if name in given]
+        also = {"noise_action"} if ours is _forward_evaluation and _steered(model) else set()
+        obstacle = f"{added[0]} is given" if added else fast.obstacle(model, given[observation], also)
         if obstacle is None:
-            given = {} if noise is None else {"noise": noise}
-            return ours(model, fast, *args, **given, **kwargs)
-        if fast.strict or noise is not None:
-            raise UserError(f"{theirs.__qualname__}: {obstacle}, which only the original method knows")
-        fast.log_once(f"{theirs.__qualname__}: {obstacle}; the original method runs instead")
+            return ours(model, fast, *args, **({} if noise is None else {"noise": noise}), **kwargs)
+        fast.leave(theirs, obstacle, noise is not None)
         return theirs(model, *args, **kwargs)
 
     return method
@@ -129,8 +129,9 @@ class _Fast:
             self.key = key
         return self._policy
 
-    def sample(self, model: Any, cond: Obs, noise: Tensor | None, mode: Mode) -> Chain:
-        noise = _noise(model, self.policy(model), cond, noise)
+    def sample(self, model: Any, cond: Obs, noise: Tensor | None, mode: Mode, first: Tensor | None = None) -> Chain:
+        """A chain that begins with ``noise[0]``, or ``first``, or what is drawn."""
+        noise = _noise(model, self.policy(model), len(cond["state"]), noise, first)
         chain = self.sampler({**self.obs(cond), "noise": noise}, mode)
         if not self.sampler.enabled:
             return chain
@@ -143,8 +144,10 @@ class _Fast:
         """What the network sees of ``cond``."""
         return {name: cond[name] for name in self.obs_shapes}
 
-    def obstacle(self, model: Any, cond: Mapping[str, Tensor]) -> str | None:
-        """Why a call has to be the original's. Raises UserError where the observation does not fit the network."""
+    def obstacle(self, model: Any, cond: Mapping[str, Tensor], also: set[str]) -> str | None:
+        """Why a call has to be the original's, which takes ``also`` beside the observation. Raises UserError where that
+        does not fit the network.
+        """
         self.policy(model)
         for name, shape in self.obs_shapes.items():
             if name not in cond:
@@ -152,7 +155,7 @@ class _Fast:
             given, needed = (_frame(name, tuple(s)) for s in (cond[name].shape[1:], shape))
             if given != needed:
                 raise UserError(f"the observation's {name!r} is of another task: {given}, the network takes {needed}")
-        if unknown := cond.keys() - self.obs_shapes.keys() - ({"noise_action"} if _steered(model) else set()):
+        if unknown := cond.keys() - self.obs_shapes.keys() - also:
             return f"the observation holds {', '.join(sorted(unknown))}"
         if getattr(model.network, "augment", False):
             return "the network shifts images at random (augment=True)"
@@ -162,7 +165,11 @@ class _Fast:
             return "ft_denoising_steps=0"
         return None
 
-    def log_once(self, message: str) -> None:
+    def leave(self, theirs: Callable[..., Any], obstacle: str, noise: bool = False) -> None:
+        """Say once that the original method runs. Raises UserError if that is not wanted, or cannot take ``noise``."""
+        if self.strict or noise:
+            raise UserError(f"{theirs.__qualname__}: {obstacle}, which only the original method knows")
+        message = f"{theirs.__qualname__}: {obstacle}; the original method runs instead"
         if message not in self.logged:
             self.logged.add(message)
             log.warning(message)
@@ -176,18 +183,20 @@ def _frame(name: str, shape: tuple[int, ...]) -> str:
 
 
 def _steered(model: Any) -> bool:
-    """Whether the observation brings the chain's first x, as in DSRL (Wagenmaker et al. 2025, arXiv 2506.15799)."""
+    """Whether evaluation's observations bring the chain's first x, as in DSRL (Wagenmaker et al. 2025, arXiv
+    2506.15799).
+    """
     return bool(vars(model).get("controllable_noise"))
 
 
-def _noise(model: Any, policy: DiffusionPolicy, cond: Obs, noise: Tensor | None) -> Tensor:
-    """``noise``, or what the original would draw: [S + 1, B, Th, Da]."""
-    shape = (policy.schedule.steps + 1, len(cond["state"]), policy.horizon_steps, policy.action_dim)
+def _noise(model: Any, policy: DiffusionPolicy, batch: int, noise: Tensor | None, first: Tensor | None) -> Tensor:
+    """``noise``, or what the original would draw, after ``first`` where that is given: [S + 1, B, Th, Da]."""
+    shape = (policy.schedule.steps + 1, batch, policy.horizon_steps, policy.action_dim)
     if noise is None:
         noise = torch.empty(shape, device=model.betas.device)
-        if _steered(model):
-            noise[0] = cond["noise_action"]
-        for draw in noise[int(_steered(model)) :]:
+        if first is not None:
+            noise[0] = first
+        for draw in noise[int(first is not None) :]:
             draw.normal_()
     if noise.shape != shape:
         raise UserError(f"noise has shape {list(noise.shape)}, expected [S + 1, B, Th, Da] = {list(shape)}")
@@ -197,7 +206,8 @@ def _noise(model: Any, policy: DiffusionPolicy, cond: Obs, noise: Tensor | None)
 def _forward_evaluation(
     model: Any, fast: _Fast, cond: Obs, deterministic: bool = True, *, noise: Tensor | None = None
 ) -> Sample:
-    return Sample(fast.sample(model, cond, noise, (True, False, False)).action, None)
+    first = cond["noise_action"] if _steered(model) else None
+    return Sample(fast.sample(model, cond, noise, (True, False, False), first).action, None)
 
 
 def _forward(
@@ -248,9 +258,8 @@ def _get_logprobs_subsample(
 def _p_losses(model: Any, fast: _Fast, x_start: Tensor, cond: Obs, t: Tensor, *, noise: Tensor | None = None) -> Tensor:
     policy = fast.policy(model)
     noise = torch.randn_like(x_start) if noise is None else noise
-    return denoising_loss(
-        policy.actor, policy.schedule, fast.obs(cond), x_start, t, noise, policy.config.predict_epsilon
-    )
+    predicts_noise = policy.config.predict_epsilon
+    return denoising_errors(policy.actor, policy.schedule, fast.obs(cond), x_start, t, noise, predicts_noise).mean()
 
 
 def _loss(
@@ -396,7 +405,9 @@ def _linears(module: nn.Module | None) -> list[nn.Linear]:
 
 def _activation(module: nn.Module) -> str:
     """The name of the first activation inside."""
-    return next(name for layer in module.modules() if (name := type(layer).__name__) in ACTIVATIONS)
+    plain = (layer for layer in module.modules() if not [*layer.children(), *layer.parameters()])
+    first = next(layer for layer in plain if not isinstance(layer, nn.Dropout))
+    return _choose(ACTIVATIONS, first, "activation").__name__
 
 
 def _mlp(network: Any, action_size: int) -> dict[str, Any]:

@@ -28,12 +28,14 @@ class Estimates(NamedTuple):
 
 @torch.no_grad()
 def evaluate_critic(critic: nn.Module, obs: Obs) -> Tensor:
-    """V of a batch of observations [M, ...] -> [M], in pieces."""
-    size = CRITIC_BATCH if obs.keys() == {"state"} else IMAGE_CRITIC_BATCH
+    """V of a batch of observations [M, ...] -> [M], in pieces and without dropout."""
+    size, learning = CRITIC_BATCH if obs.keys() == {"state"} else IMAGE_CRITIC_BATCH, critic.training
+    critic.eval()
     pieces = [
         critic(dict(zip(obs, rows, strict=True)))
         for rows in zip(*(torch.split(value, size) for value in obs.values()), strict=True)
     ]
+    critic.train(learning)
     return torch.cat(pieces)
 
 

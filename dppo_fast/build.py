@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch import nn
 from dppo_fast.algorithms import ALGORITHMS
 from dppo_fast.algorithms.base import OnlineAlgorithm
 from dppo_fast.algorithms.bc import BCConfig, BehaviourCloning
+from dppo_fast.algorithms.off_policy import Explorer, OffPolicy
 from dppo_fast.algorithms.parts import Parts
 from dppo_fast.checkpoint import CheckpointError, PolicyWeights, load_policy_weights, load_weights
 from dppo_fast.config import choose, construct, naming, resolve_path, typed
 from dppo_fast.data.trajectories import ChunkDataset, Trajectories
-from dppo_fast.envs import ChunkEnv, EnvConfig, make_env
+from dppo_fast.envs import EnvConfig, make_env, normalization_of
 from dppo_fast.envs.normalize import Normalization, normalization_from_state
 from dppo_fast.evaluator import Evaluator
 from dppo_fast.networks.critic import CriticObs, CriticObsAct
@@ -47,24 +49,31 @@ from dppo_fast.policies.gmm import GMMPolicy
 from dppo_fast.policies.probability_flow import FlowPolicy, FlowPolicyConfig
 from dppo_fast.policies.squashed import SquashedGaussianPolicy
 from dppo_fast.rollout import Collector, EpisodeStatistics
+from dppo_fast.runtime.gl import headless_gl
 from dppo_fast.runtime.graph import use_graphs
 from dppo_fast.runtime.memory import describe_memory
 from dppo_fast.runtime.precision import pick_recipe
 from dppo_fast.trainer import TrainConfig, Trainer
-from dppo_fast.types import NoiseStream, ObsShapes, UserError, require_ranges
+from dppo_fast.types import Actor, NoiseStream, ObsShapes, UserError, VecEnv, require_ranges
+from dppo_fast.video import Filmed
 
-NETWORKS: dict[str, type[nn.Module]] = {
+DENOISING: dict[str, type[nn.Module]] = {
     "diffusion_mlp": DiffusionMLP,
     "diffusion_vision_mlp": VisionDiffusionMLP,
     "diffusion_vision_unet": VisionUnet1D,
+    "unet1d": Unet1D,
+}
+GAUSSIANS: dict[str, type[nn.Module]] = {
     "gaussian_mlp": GaussianMLP,
     "gaussian_transformer": GaussianTransformer,
     "gaussian_vision_mlp": VisionGaussianMLP,
+}
+MIXTURES: dict[str, type[nn.Module]] = {
     "gmm_mlp": GMMMLP,
     "gmm_transformer": GMMTransformer,
     "gmm_vision_mlp": VisionGMMMLP,
-    "unet1d": Unet1D,
 }
+NETWORKS = {**DENOISING, **GAUSSIANS, **MIXTURES}
 CRITICS: dict[str, type[nn.Module]] = {"mlp": CriticObs, "vit": ViTCritic}
 ACTION_CRITICS: dict[str, type[nn.Module]] = {"mlp": CriticObsAct}
 ETAS: dict[str, type[Eta]] = {
@@ -115,6 +124,9 @@ class PolicyNode:
 
 @dataclass
 class DataNode:
+    """``folder`` is only referred to by other keys: where demonstrations and their normalisation lie together."""
+
+    folder: str | None = None
     path: str | None = None
     max_n_episodes: int | None = None
 
@@ -123,17 +135,37 @@ class DataNode:
 
 
 @dataclass
+class RenderConfig:
+    """Videos under the run's ``videos``: whole episodes of the envs numbered ``train``, one each in every
+    ``train.val_freq`` iterations, and the first of those numbered ``evaluate`` in every evaluation.
+    """
+
+    train: list[int] = field(default_factory=list)
+    evaluate: list[int] = field(default_factory=list)
+    fps: int = 20
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "render", {"fps": "[1, inf)"})
+
+
+@dataclass
 class LogConfig:
-    """``live=None`` asks the terminal; ``wandb`` holds arguments of ``wandb.init``."""
+    """``live=None`` asks the terminal; ``wandb`` holds arguments of ``wandb.init``, whose ``entity`` is by default
+    DPPO_WANDB_ENTITY.
+    """
 
     live: bool | None = None
     tensorboard: bool = True
     wandb: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.wandb is not None and (entity := os.environ.get("DPPO_WANDB_ENTITY")):
+            self.wandb = {"entity": entity, **self.wandb}
+
 
 @dataclass
 class RunConfig:
-    """The top level of every configuration.
+    """The top level of every configuration. Without an ``algorithm`` there is only a policy to evaluate.
 
     ``profile`` is nvtx, torch or None; with torch the ``profile_iterations`` are traced.
     """
@@ -141,12 +173,14 @@ class RunConfig:
     seed: int = 42
     device: str = "auto"
     logdir: str = MISSING
+    dry_run: bool = False
     resume: str | None = None
     resume_from: str = "latest"
     compat: str | None = None
     num_threads: int = 0
     graphs: str = "auto"
     precision: str = "auto"
+    deterministic: bool = False
     profile: str | None = None
     profile_iterations: list[int] = field(default_factory=lambda: [2])
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -156,6 +190,7 @@ class RunConfig:
     algorithm: dict[str, Any] = MISSING
     data: DataNode = field(default_factory=DataNode)
     train: TrainConfig = field(default_factory=TrainConfig)
+    render: RenderConfig = field(default_factory=RenderConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -164,7 +199,8 @@ class RunConfig:
             raise UserError(f"compat={self.compat} is unknown; choose reference, or null for none")
         if self.resume_from not in ("latest", "previous"):
             raise UserError(f"resume_from={self.resume_from} is unknown; choose latest or previous")
-        choose(ALGORITHMS, self.algorithm.get("name"), "algorithm.name")
+        if self.algorithm:
+            choose(ALGORITHMS, self.algorithm.get("name"), "algorithm.name")
 
 
 def parse(node: Any) -> RunConfig:
@@ -187,9 +223,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build_network(network: Mapping[str, Any], obs_shapes: ObsShapes, action_dim: int, horizon_steps: int) -> nn.Module:
-    arguments = dict(network)
-    cls = choose(NETWORKS, arguments.pop("name", None), "policy.network.name")
+def build_network(
+    node: PolicyNode, fitting: Mapping[str, type[nn.Module]], obs_shapes: ObsShapes, action_dim: int, horizon_steps: int
+) -> nn.Module:
+    """One of the ``fitting`` networks with random weights."""
+    arguments = dict(node.network)
+    name = arguments.pop("name", None)
+    cls = choose(NETWORKS, name, "policy.network.name")
+    if name not in fitting:
+        raise UserError(
+            f"policy.network.name={name} does not fit policy.name={node.name}; choose one of {', '.join(fitting)}"
+        )
     dims = {"action_dim": action_dim, "horizon_steps": horizon_steps, **_seen(cls, obs_shapes)}
     return construct(cls, arguments, "policy.network", **dims)
 
@@ -236,21 +280,22 @@ def build_density(
     return cls(network, options, config.task.horizon_steps, action_dim, clamp_log_prob=config.compat == "reference")
 
 
-POLICIES: dict[str, Callable[[RunConfig, nn.Module, ObsShapes, int], Policy]] = {
-    "diffusion": partial(build_diffusion, DiffusionConfig, DiffusionPolicy),
-    "flow": build_flow,
-    "gaussian": partial(build_density, GaussianPolicy),
-    "gmm": partial(build_density, GMMPolicy),
-    "squashed_gaussian": partial(build_density, SquashedGaussianPolicy),
+POLICIES: dict[str, tuple[Callable[[RunConfig, nn.Module, ObsShapes, int], Policy], Mapping[str, type[nn.Module]]]] = {
+    "diffusion": (partial(build_diffusion, DiffusionConfig, DiffusionPolicy), DENOISING),
+    "flow": (build_flow, DENOISING),
+    "gaussian": (partial(build_density, GaussianPolicy), GAUSSIANS),
+    "gmm": (partial(build_density, GMMPolicy), MIXTURES),
+    "squashed_gaussian": (partial(build_density, SquashedGaussianPolicy), GAUSSIANS),
 }
+"""Name -> how the policy is made, and of which networks."""
 
 
 def build_policy(config: RunConfig, obs_shapes: ObsShapes, action_dim: int, seed: int) -> Policy:
     """A policy with random weights that follow from ``seed``."""
-    make = choose(POLICIES, config.policy.name, "policy.name")
+    make, networks = choose(POLICIES, config.policy.name, "policy.name")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_network(config.policy.network, obs_shapes, action_dim, config.task.horizon_steps)
+        network = build_network(config.policy, networks, obs_shapes, action_dim, config.task.horizon_steps)
         return make(config, network, obs_shapes, action_dim)
 
 
@@ -305,7 +350,7 @@ def env_config(config: RunConfig, num_envs: int | None = None) -> EnvConfig:
         "image_steps": task.img_cond_steps,
     }
     if num_envs is not None:
-        node["num_envs"] = num_envs
+        node |= {"num_envs": num_envs, "groups": 1}
     if config.compat == "reference":
         node["time_limit_terminates"] = True
     result = typed(EnvConfig, node, "env")
@@ -318,7 +363,14 @@ def build_trainer(config: RunConfig, run: Path, run_config: Mapping[str, Any] | 
     device = pick_device(config.device)
     if config.num_threads > 0:
         torch.set_num_threads(config.num_threads)
+    if config.render.train or config.render.evaluate:
+        headless_gl()  # before a simulator is imported
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.deterministic = config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     build = _build_offline if config.algorithm["name"] == "bc" else _build_online
+    torch.manual_seed(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
     return build(config, run, device, generator, run_config)
 
@@ -346,16 +398,18 @@ def _build_offline(
     with torch.random.fork_rng(devices=[]):
         introduction = describe_memory(algorithm.memory())
     policy.generator = algorithm.generator = generator
+    trainer: Trainer
     evaluator = normalization = None
     if config.env is not None:
         env = make_env(env_config(config, num_envs=1), device, config.seed)
         env.close()
         _require_same_dims(path, dataset.obs_shapes, dataset.action_dim, env)
-        normalization = env.normalization
+        normalization = normalization_of(env)
         if config.train.val_freq:
-            evaluator = _evaluator(config, device, normalization)
+            evaluator = _evaluator(config, device, normalization, run, lambda: trainer.iteration)
     interface = interface_of(policy, dataset.obs_shapes, normalization)
-    return Trainer(algorithm, config.train, run, generator, None, evaluator, interface, run_config, introduction)
+    trainer = Trainer(algorithm, config.train, run, generator, None, evaluator, interface, run_config, introduction)
+    return trainer
 
 
 def _build_online(
@@ -369,6 +423,7 @@ def _build_online(
     if reference:
         train = replace(train, evaluate_in_place=True)
     env = make_env(env_config(config), device, config.seed)
+    normalization = normalization_of(env)
     policy = start_policy(config, env.obs_shapes, env.action_dim, device)
     if not isinstance(policy, cls.trains):
         raise UserError(
@@ -384,13 +439,35 @@ def _build_online(
     statistics = EpisodeStatistics(
         env.num_envs, env.act_steps, task.best_reward_threshold_for_success, task.sparse_reward, whole_only=reference
     )
+    trainer: Trainer
+    if config.render.train:
+
+        def label() -> str | None:
+            due = trainer.iteration % max(train.val_freq, 1) == 0
+            return f"train_{trainer.iteration:06d}" if due else None
+
+        env = Filmed(env, config.render.train, run / "videos", label, config.render.fps)
     collector = Collector(env, algorithm.actor, statistics)
-    evaluator = None if reference or not train.val_freq else _evaluator(config, device, env.normalization)
-    interface = interface_of(policy, env.obs_shapes, env.normalization)
-    return Trainer(algorithm, train, run, generator, collector, evaluator, interface, run_config, introduction)
+    evaluator = None
+    if train.val_freq and not reference:
+        evaluator = _evaluator(config, device, normalization, run, lambda: trainer.iteration)
+    interface = interface_of(policy, env.obs_shapes, normalization, algorithm.judges)
+    trainer = Trainer(algorithm, train, run, generator, collector, evaluator, interface, run_config, introduction)
+    return trainer
 
 
-def _parts(config: RunConfig, env: ChunkEnv, policy: Policy, device: torch.device, generator: torch.Generator) -> Parts:
+@dataclass
+class Dims:
+    """What a task tells without its environments."""
+
+    obs_shapes: ObsShapes
+    action_dim: int
+    num_envs: int = 1
+
+
+def _parts(
+    config: RunConfig, env: VecEnv | Dims, policy: Policy, device: torch.device, generator: torch.Generator
+) -> Parts:
     """What the configuration gives the algorithm."""
     seeds, task = itertools.count(config.seed + 1), config.task
 
@@ -421,6 +498,7 @@ def _parts(config: RunConfig, env: ChunkEnv, policy: Policy, device: torch.devic
         use_graphs(config.graphs, device),
         pick_recipe(config.precision, device),
         config.compat == "reference",
+        config.policy.checkpoint is not None,
     )
 
 
@@ -432,19 +510,32 @@ def _trajectories(config: RunConfig) -> Trajectories:
         return Trajectories.load(resolve_path(config.data.path)).first(config.data.max_n_episodes)
 
 
-def _evaluator(config: RunConfig, device: torch.device, normalization: Normalization) -> Evaluator:
+def _evaluator(
+    config: RunConfig,
+    device: torch.device,
+    normalization: Normalization | None,
+    run: Path,
+    iteration: Callable[[], int],
+) -> Evaluator:
     settings = env_config(config, config.train.eval_episodes)
     seed = config.seed + EVALUATION_SEED_OFFSET
-    task = config.task
+    task, render = config.task, config.render
+
+    def make() -> VecEnv:
+        env = make_env(settings, device, seed, normalization, training=False)
+        if not render.evaluate:
+            return env
+        return Filmed(env, render.evaluate, run / "videos", lambda: f"evaluate_{iteration():06d}", render.fps)
+
     return Evaluator(
-        lambda: make_env(settings, device, seed, normalization, training=False),
+        make,
         seed,
         task.best_reward_threshold_for_success,
         task.sparse_reward,
     )
 
 
-def _require_same_dims(path: str, obs_shapes: ObsShapes, action_dim: int, env: ChunkEnv) -> None:
+def _require_same_dims(path: str, obs_shapes: ObsShapes, action_dim: int, env: VecEnv | Dims) -> None:
     seen = {name: shape for name, shape in env.obs_shapes.items() if name in obs_shapes}
     data, simulated = (dict(obs_shapes), action_dim), (seen, env.action_dim)
     if data != simulated:
@@ -459,28 +550,34 @@ def _options(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def interface_of(
-    policy: Policy, obs_shapes: ObsShapes, normalization: Normalization | None
+    policy: Policy, obs_shapes: ObsShapes, normalization: Normalization | None, judges: Sequence[str] = ()
 ) -> Callable[[], Mapping[str, Any]]:
-    """What a checkpoint tells, as ``interface``, to those who only use its policy."""
+    """What a checkpoint tells, as ``interface``, to those who only use its policy, and the ``judges`` of what it
+    proposes.
+    """
     return lambda: {
         "obs_shapes": dict(obs_shapes),
         "action_dim": policy.action_dim,
         "ft_steps": policy.ft_steps if isinstance(policy, DiffusionPolicy) else policy.decisions,
         "normalization": None if normalization is None else normalization.state_dict(),
+        "judges": list(judges),
     }
 
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy from a checkpoint, and what it takes to run it in its environment."""
+    """A policy from a checkpoint, and what it takes to run it in its environment. ``actor`` decides as in training: it
+    is the policy, or has critics choose among what that proposes.
+    """
 
     policy: Policy
+    actor: Actor
     config: RunConfig
     normalization: Normalization | None
     obs_shapes: ObsShapes
     source: str
 
-    def make_env(self, num_envs: int, device: torch.device, seed: int, act_steps: int | None = None) -> ChunkEnv:
+    def make_env(self, num_envs: int, device: torch.device, seed: int, act_steps: int | None = None) -> VecEnv:
         settings = env_config(self.config, num_envs)
         if act_steps is not None:
             settings = replace(settings, act_steps=act_steps)
@@ -492,11 +589,32 @@ def load_policy(path: str | Path, device: torch.device) -> LoadedPolicy:
     weights = load_policy_weights(path)
     if weights.interface is None:
         raise UserError(f"{path}: a checkpoint of the reference holds no configuration; pass it as policy.checkpoint")
+    return policy_of(weights, device)
+
+
+def policy_of(weights: PolicyWeights, device: torch.device) -> LoadedPolicy:
+    """The policy that the weights of one of our checkpoints are of."""
     interface = weights.interface
+    assert interface is not None
     config = parse(weights.config)
     obs_shapes = {name: tuple(shape) for name, shape in interface["obs_shapes"].items()}
     policy = build_policy(config, obs_shapes, interface["action_dim"], config.seed).to(device)
     load_trained(policy, weights)
+    actor = _judged(config, policy, weights, obs_shapes, device) if weights.judges else policy
     saved = interface["normalization"]
     normalization = None if saved is None else normalization_from_state(saved)
-    return LoadedPolicy(policy, config, normalization, obs_shapes, weights.source)
+    return LoadedPolicy(policy, actor, config, normalization, obs_shapes, weights.source)
+
+
+def _judged(
+    config: RunConfig, policy: Policy, weights: PolicyWeights, obs_shapes: ObsShapes, device: torch.device
+) -> Actor:
+    """The algorithm's way to decide, with the critics of the checkpoint."""
+    cls, schema = ALGORITHMS[config.algorithm["name"]]
+    assert issubclass(cls, OffPolicy)
+    options: Any = typed(schema, _options(config.algorithm), "algorithm")
+    parts = _parts(config, Dims(obs_shapes, policy.action_dim), policy, device, torch.Generator(device))
+    algorithm = cls(options, parts)
+    for name, own in weights.judges.items():
+        load_weights(algorithm.networks[name], own, weights.source)
+    return Explorer(policy, 0, algorithm.decide)

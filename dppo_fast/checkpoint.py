@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class CheckpointError(UserError):
 @dataclass(frozen=True)
 class Checkpoint:
     """``weights``: module name -> state dict; ``deployed`` names the module to act with. ``state`` nests dicts and
-    lists of tensors, numbers and strings; its ``interface`` is what acting takes: observation shapes, action dim,
-    F and the normalisation. ``iteration`` is the next one to run.
+    lists of tensors, numbers and strings; its ``interface`` is what acting takes: observation shapes, action dim, F,
+    the normalisation, and which modules choose among the policy's proposals. ``iteration`` is the next one to run.
     """
 
     weights: Mapping[str, Mapping[str, Tensor]]
@@ -96,13 +96,15 @@ class Checkpoint:
 
     def policy_only(self) -> Checkpoint:
         """The same policy without what only training needs."""
-        return replace(
-            self, weights={self.deployed: self.weights[self.deployed]}, state={"interface": self.state["interface"]}
-        )
+        interface = self.state["interface"]
+        acting = (self.deployed, *interface.get("judges", ()))
+        weights = {name: self.weights[name] for name in acting}
+        return replace(self, weights=weights, state={"interface": interface})
 
     def policy_weights(self, path: Path) -> PolicyWeights:
         """What the file ``path``, which this is, says of the policy to act with."""
-        policy = self.weights[self.deployed]
+        policy, interface = self.weights[self.deployed], self.state.get("interface")
+        judges = interface.get("judges", ()) if interface else ()
         return PolicyWeights(
             f"{path} ({self.deployed} after iteration {self.iteration})",
             below(policy, "actor."),
@@ -110,7 +112,8 @@ class Checkpoint:
             self.weights.get("critic"),
             below(policy, "eta.") or None,
             self.config,
-            self.state.get("interface"),
+            interface,
+            {name: self.weights[name] for name in judges},
         )
 
 
@@ -221,7 +224,7 @@ class PolicyWeights:
     ``critic``, ``eta``.
 
     ``config`` is the run's and ``interface`` what surrounds the policy (see `Checkpoint`); the reference's files have
-    neither.
+    neither, nor ``judges``, the modules that choose among the policy's proposals.
     """
 
     source: str
@@ -231,11 +234,13 @@ class PolicyWeights:
     eta: Mapping[str, Tensor] | None = None
     config: Mapping[str, Any] | None = None
     interface: Mapping[str, Any] | None = None
+    judges: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def describe(self) -> str:
         """One line: where the weights are from, how many there are, and what the policy takes and gives."""
-        modules = {"actor": self.actor, "actor_ft": self.actor_ft, "critic": self.critic, "eta": self.eta}
-        sizes = [f"{name} {sum(map(Tensor.numel, own.values())):,}" for name, own in modules.items() if own]
+        own = {"actor": self.actor, "actor_ft": self.actor_ft, "critic": self.critic, "eta": self.eta}
+        modules = {**own, **self.judges}
+        sizes = [f"{name} {sum(map(Tensor.numel, module.values())):,}" for name, module in modules.items() if module]
         parts = [f"{self.source}: {', '.join(sizes)} weights"]
         if self.interface:
             kept = self.interface["normalization"]

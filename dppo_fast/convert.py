@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
-from dppo_fast.cli import command_main, hydra_main
+from dppo_fast.cli import described_main
 from dppo_fast.publish import writing
 from dppo_fast.types import UserError
 
@@ -65,7 +65,7 @@ def convert(config: ConvertConfig, run: Mapping[str, Any] | None = None) -> None
         if run is None:
             raise UserError(
                 "cfg=<name> is missing: the weights alone tell neither task nor activation nor denoising steps; "
-                "python -m dppo_fast.train --help lists all names"
+                "python -m dppo_fast.train --list shows all names"
             )
         made, suffix = from_reference(found, {**run, "logdir": str(Path(config.out).parent)}), ".safetensors"
     if not config.out.endswith(suffix):
@@ -81,16 +81,17 @@ def from_reference(reference: ReferenceCheckpoint, run: Mapping[str, Any]) -> Ch
     """
     import torch
 
+    from dppo_fast.algorithms import ALGORITHMS
     from dppo_fast.algorithms.bc import BehaviourCloning
     from dppo_fast.build import build_policy, env_config, interface_of, parse
     from dppo_fast.checkpoint import Checkpoint, CheckpointError, describe_dims, load_weights
     from dppo_fast.config import naming
-    from dppo_fast.envs import make_env
+    from dppo_fast.envs import make_env, normalization_of
 
     config = parse(run)
-    pretrained = reference.ema is not None
-    if pretrained != _pretrains(run):
-        raise UserError(f"cfg has algorithm.name={config.algorithm['name']}, but source is of {reference.kind}")
+    pretrained, algorithm = reference.ema is not None, config.algorithm.get("name")
+    if algorithm is not None and pretrained != (algorithm == "bc"):
+        raise UserError(f"cfg has algorithm.name={algorithm}, but source is of {reference.kind}")
     settings = env_config(config, num_envs=1)
     env = make_env(settings, "cpu", config.seed)
     env.close()
@@ -106,7 +107,8 @@ def from_reference(reference: ReferenceCheckpoint, run: Mapping[str, Any]) -> Ch
         module, _, rest = name.partition(".")
         if module not in POLICY:
             weights.setdefault(module, {})[rest] = value
-    state = {"interface": interface_of(policy, env.obs_shapes, env.normalization)()}
+    judges = [name for name in ALGORITHMS[algorithm][0].judges if name in weights] if algorithm else []
+    state = {"interface": interface_of(policy, env.obs_shapes, normalization_of(env), judges)()}
     iteration = reference.number if pretrained else reference.number + 1
     checkpoint = Checkpoint(weights, state, run, iteration, deployed)
     back = to_reference(checkpoint)
@@ -121,12 +123,13 @@ def to_reference(checkpoint: Checkpoint) -> ReferenceCheckpoint:
 
     A published policy has no critic, and of pre-training nothing but the averaged weights, which stand for both.
     """
+    from dppo_fast.algorithms.bc import BehaviourCloning
     from dppo_fast.checkpoint import ReferenceCheckpoint
     from dppo_fast.config import choose
 
     layout = choose(LAYOUTS, checkpoint.config["policy"]["name"], "policy.name")
     deployed = checkpoint.weights[checkpoint.deployed]
-    if _pretrains(checkpoint.config):
+    if checkpoint.deployed == BehaviourCloning.deployed:
         network = {"network": layout["network"]}
         model = _theirs(checkpoint.weights.get("policy", deployed), network)
         return ReferenceCheckpoint(checkpoint.iteration, model, _theirs(deployed, network))
@@ -135,10 +138,6 @@ def to_reference(checkpoint: Checkpoint) -> ReferenceCheckpoint:
         if module != checkpoint.deployed:
             model |= {f"{module}.{name}": value for name, value in weights.items()}
     return ReferenceCheckpoint(checkpoint.iteration - 1, model)
-
-
-def _pretrains(run: Mapping[str, Any]) -> bool:
-    return bool(run["algorithm"]["name"] == "bc")
 
 
 def _ours(model: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,18 +158,7 @@ def _theirs(policy: Mapping[str, Tensor], layout: Mapping[str, str]) -> dict[str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not any(argument.startswith("cfg=") for argument in arguments):
-        return command_main(ConvertConfig, convert, arguments, __doc__ or "")
-    keys = tuple(f"{field.name}=" for field in fields(ConvertConfig))
-    own = [argument for argument in arguments if argument.startswith(keys)]
-
-    def described(node: DictConfig) -> None:
-        from dppo_fast.config import plain, typed
-
-        convert(typed(ConvertConfig, OmegaConf.from_dotlist(own), ""), plain(node))
-
-    return hydra_main(described, [argument for argument in arguments if argument not in own], __doc__ or "")
+    return described_main(ConvertConfig, convert, sys.argv[1:] if arguments is None else arguments, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ class Units(nn.Module):
 
 
 class DeployedPolicy(nn.Module):
-    """The policy of a checkpoint, with its normalisation, deciding without exploration.
+    """The policy of a checkpoint, with its normalisation, deciding as in evaluation: without exploration, and chosen by
+    critics where its algorithm does so.
 
     ``obs_shapes``: what it observes, by name, [To, ...]. It decides on the next ``act_steps`` actions of ``action_dim``
     dimensions.
@@ -63,6 +64,7 @@ class DeployedPolicy(nn.Module):
         super().__init__()
         self.policy = loaded.policy.eval().requires_grad_(False)
         self.policy.noise = NoiseStream(seed)
+        self.decide, self.judged = loaded.actor.act, loaded.actor is not loaded.policy
         if isinstance(self.policy, DiffusionPolicy):
             self.policy.sampler.enabled = device.type == "cuda"
         self.units = Units(loaded.normalization).to(device)
@@ -95,7 +97,7 @@ class DeployedPolicy(nn.Module):
                 raise UserError(f"the observation's {name!r} has shape {list(value.shape)}, expected {list(expected)}")
             tensor = torch.as_tensor(value, device=self.device)
             inputs[name] = tensor[None] if single else tensor
-        action = self.raw(self.policy.act(self.normalized(inputs), deterministic=True).action)
+        action = self.raw(self.decide(self.normalized(inputs), deterministic=True).action)
         action = action[0] if single else action
         return action.to(state.device) if isinstance(state, Tensor) else action.cpu().numpy()
 
@@ -111,13 +113,15 @@ class WholeChain(nn.Module):
     """A deployed diffusion policy as a function: noise [S + 1, B, Th, Da] and the observations of ``names`` [B, ...],
     raw, to raw actions [B, Ta, Da].
 
-    Raises UserError for another kind of policy.
+    Raises UserError for another kind of policy, and for one of whose chains critics choose.
     """
 
     def __init__(self, deployed: DeployedPolicy) -> None:
         super().__init__()
         if not isinstance(deployed.policy, DiffusionPolicy):
             raise UserError(f"{type(deployed.policy).__name__} has no denoising chain; give a diffusion policy")
+        if deployed.judged:
+            raise UserError("critics choose among several of its chains, and a graph would be a single one")
         self.deployed = deployed
         self.chain = deployed.policy
         self.names = ("noise", *deployed.obs_shapes)

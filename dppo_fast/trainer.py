@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dppo_fast.journal import Journal
 from dppo_fast.log import RunLog
 from dppo_fast.rollout import Collector
 from dppo_fast.runtime.profile import PhaseTimer
-from dppo_fast.types import Metrics, NoiseStream, require_ranges
+from dppo_fast.types import Metrics, NoiseStream, UserError, require_ranges
 
 HEALTHY_CLIP_FRACTION = 0.01
 """Of the first minibatch, whose ratios are 1 but for rounding."""
@@ -69,8 +70,9 @@ class Trainer:
         run_config: Mapping[str, Any] | None = None,
         introduction: str = "",
     ) -> None:
-        """``generator`` is the source of all randomness in the algorithm; ``interface`` gives what else a checkpoint
-        should hold for those who only use the policy; ``introduction`` is printed before training.
+        """``generator`` is the source of all randomness in the algorithm but for dropout, which takes PyTorch's default
+        one; ``interface`` gives what else a checkpoint should hold for those who only use the policy; ``introduction``
+        is printed before training.
         """
         self.algorithm = algorithm
         self.config = config
@@ -84,8 +86,10 @@ class Trainer:
         self.journal = None if algorithm.replay is None else Journal(run / "replay", algorithm.replay)
         self.iteration = 0
         self.started = False
+        self.saved = -1
         self.env_steps = 0
         cuda = generator.device.type == "cuda"
+        self.dropout = torch.cuda.default_generators[generator.device.index or 0] if cuda else torch.default_generator
         self.timer = PhaseTimer(torch.cuda.synchronize if cuda else None)
 
     @property
@@ -93,15 +97,20 @@ class Trainer:
         """The ``iteration`` of the log's next row."""
         return self.iteration + 1 if self.started else 0
 
-    def train(self, log: RunLog) -> dict[str, float]:
-        """Run the remaining iterations; returns the last row."""
+    def train(self, log: RunLog, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """Run the remaining iterations, or, saved, until ``stop()``, which is asked after each; returns the last row.
+
+        Raises TrainingDiverged, and UserError where the run directory cannot be written.
+        """
         row: dict[str, float] = {}
         if self.introduction:
             print(self.introduction)
         if not self.started:
             row = self._start(log)
-        while self.iteration < self.config.n_train_itr:
+        while self.iteration < self.config.n_train_itr and not stop():
             row = self._iterate(log)
+        if self.saved != self.iteration:
+            self.save()
         return row
 
     def _start(self, log: RunLog) -> dict[str, float]:
@@ -113,7 +122,7 @@ class Trainer:
                 row |= _prefixed("eval", self.evaluator.evaluate(self.algorithm.actor))
         if self.collector is None:
             del row["env_steps"]
-        log.iteration(row | self.timer.lap())
+        self._log(log, row)
         self.save()
         self.started = True
         return row
@@ -129,8 +138,7 @@ class Trainer:
             row["env_steps"] = self.env_steps
         if not in_place:
             with log.phase("update"), self.timer("update"):
-                row |= _read(self.algorithm.update(i))
-            self._require_finite(row)
+                row |= self._update(i)
             if row.get("ppo/first_clip_fraction", 0) > HEALTHY_CLIP_FRACTION:
                 log.warn(
                     f"iteration {i + 1}: {row['ppo/first_clip_fraction']:.1%} of the first minibatch is clipped before "
@@ -142,7 +150,7 @@ class Trainer:
         if self.evaluator is not None and config.val_freq and (self.iteration % config.val_freq == 0 or last):
             with log.phase("evaluate"), self.timer("evaluate"):
                 row |= _prefixed("eval", self.evaluator.evaluate(self.algorithm.actor))
-        log.iteration(row | self.timer.lap())
+        self._log(log, row)
         if self.iteration % config.save_freq == 0 or last:
             with log.phase("save"), self.timer("save"):
                 self.save()
@@ -157,29 +165,60 @@ class Trainer:
         statistics = collector.collect(buffer, deterministic)
         if not deterministic:
             self.env_steps += buffer.num_steps * collector.env.num_envs * collector.env.act_steps
-        statistics["nan_count"] = float(getattr(collector.env, "nan_count", 0))
+        for name in ("nan_count", "worker_deaths"):
+            statistics[name] = float(getattr(collector.env, name, 0))
         return statistics
 
-    def _require_finite(self, row: Mapping[str, float]) -> None:
-        bad = sorted(key for key, value in row.items() if key.startswith("loss/") and not math.isfinite(value))
+    def _update(self, iteration: int) -> dict[str, float]:
+        """The update's metrics. Raises TrainingDiverged where a loss or what was trained is not finite; both are read
+        at once.
+        """
+        metrics = self.algorithm.update(iteration)
         for name, module in self.algorithm.modules().items():
-            finite = [p.isfinite().all() for p in module.parameters() if p.requires_grad]
-            if finite and not torch.stack(finite).all():
-                bad.append(f"a weight of {name}")
+            if finite := [p.isfinite().all() for p in module.parameters() if p.requires_grad]:
+                metrics[f"finite/{name}"] = torch.stack(finite).all()
+        row = _read(metrics)
+        bad = sorted(key for key, value in row.items() if key.startswith("loss/") and not math.isfinite(value))
+        for key in [key for key in row if key.startswith("finite/")]:
+            if not row.pop(key):
+                bad.append(f"a weight of {key.removeprefix('finite/')}")
         if bad:
             good = checkpoints(self.run)
             raise TrainingDiverged(
-                f"iteration {self.iteration + 1}: {', '.join(bad)} is not finite; "
+                f"iteration {iteration + 1}: {', '.join(bad)} is not finite; "
                 f"the last good checkpoint is {good[-1] if good else 'not there'}"
             )
+        return row
+
+    def _log(self, log: RunLog, row: Mapping[str, float]) -> None:
+        with self._writing():
+            log.iteration({**row, **self.timer.lap()})
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say what to do where the disk is full or may not be written."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.run}: cannot be written ({error.strerror}); what was saved before is whole: "
+                f"make room or give access, then resume={self.run} continues the run"
+            ) from error
 
     def save(self) -> Path:
-        """Write the checkpoint from which the next iteration starts."""
+        """Write the checkpoint from which the next iteration starts. Raises UserError where that fails."""
+        with self._writing():
+            path = self._save()
+        self.saved = self.iteration
+        return path
+
+    def _save(self) -> Path:
         path = checkpoint_path(self.run, self.iteration)
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "env_steps": self.env_steps,
             "generator": self.generator.get_state(),
+            "dropout": self.dropout.get_state(),
             "noise": vars(self.algorithm.actor.noise),
             "algorithm": self.algorithm.state_dict(),
             "collector": None if self.collector is None else self.collector.state_dict(),
@@ -200,9 +239,11 @@ class Trainer:
             load_weights(module, checkpoint.weights.get(name, {}), f"{path} ({name})")
         state = checkpoint.state
         self.iteration, self.started = checkpoint.iteration, True
+        self.saved = self.iteration
         try:
             self.env_steps = int(state["env_steps"])
             self.generator.set_state(state["generator"])
+            self.dropout.set_state(state["dropout"])
             self.algorithm.actor.noise = NoiseStream(**state["noise"])
             if self.collector is not None:
                 self.collector.load_state_dict(state["collector"])

@@ -105,11 +105,12 @@ class VecEnv(Protocol):
 @dataclass
 class NoiseStream:
     """Where an actor's noise comes from. What env n gets for its decision number ``step`` follows from ``seed``, n and
-    ``step`` alone (`dppo_fast.kernels.philox`).
+    ``step`` alone (`dppo_fast.kernels.philox`). The next decision is for the envs from number ``first_env`` on.
     """
 
     seed: int
     step: int = 0
+    first_env: int = 0
 
 
 class Actor(Protocol):

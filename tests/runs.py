@@ -88,11 +88,9 @@ SAC = [
 ]
 """From exploration into learning; an iteration is 6 decisions and, from the second on, 6 minibatches."""
 
-BC = [
-    "cfg=gym/pretrain/hopper-medium-v2/pre_diffusion_mlp",
+SMALL_BC = [
     *COMMON,
     *SMALL_ENV,
-    *SMALL_DIFFUSION,
     "algorithm.batch_size=16",
     "algorithm.epoch_start_ema=2",
     "algorithm.update_ema_freq=2",
@@ -100,6 +98,16 @@ BC = [
     "train.val_freq=2",
 ]
 """Pre-training on the data of `demonstrations`; an iteration is 5 minibatches."""
+
+BC = ["cfg=gym/pretrain/hopper-medium-v2/pre_diffusion_mlp", *SMALL_BC, *SMALL_DIFFUSION]
+DROPOUT = [
+    "cfg=gym/pretrain/hopper-medium-v2/pre_gaussian_mlp",
+    *SMALL_BC,
+    "policy.network.mlp_dims=[16,16]",
+    "policy.network.residual_style=false",
+    "policy.network.dropout=0.5",
+]
+"""Of a diffusion policy, and of a Gaussian with dropout."""
 
 
 def demonstrations(

@@ -329,6 +329,15 @@ def test_one_state() -> None:
     assert after.chains.shape[1] == model.ft_denoising_steps + 1 == 2
 
 
+@pytest.mark.parametrize("F", [3, 8])
+def test_a_sample_without_its_chain(F: int) -> None:
+    """The reference's crashes where all 8 steps are fine-tuned."""
+    fast, obs, noise = accelerate(small(ft_denoising_steps=F), strict=True), observe("mlp"), draws(8)
+    sample = fast(obs, return_chain=False, noise=noise)
+    assert sample.chains is None
+    assert sample.trajectories.equal(fast(obs, noise=noise).trajectories)
+
+
 def test_a_copy_is_on_its_own() -> None:
     fast = accelerate(small())
     obs, noise = observe("mlp"), draws(8)
@@ -349,12 +358,18 @@ def test_the_random_state_is_the_caller_s() -> None:
 
 def test_steered_noise() -> None:
     """DSRL's models start from the observation's ``noise_action``."""
-    fast = accelerate(small(controllable_noise=True), strict=True)
-    obs, noise = observe("mlp"), draws(8)
+    model = small(DiffusionEval, controllable_noise=True)
+    fast, obs, noise = accelerate(model, strict=True), observe("mlp"), draws(8)
     torch.manual_seed(3)
     torch.randn(B, TH, DA)
-    steered = fast({**obs, "noise_action": noise[0]})
-    assert steered.chains.equal(fast({**obs, "noise_action": noise[0]}, noise=noise).chains)
+    steered = fast(cond={"state": obs["state"][:, 0], "noise_action": noise[0]}, deterministic=True)
+    assert steered.trajectories.equal(fast({**obs, "noise_action": -noise[0]}, noise=noise).trajectories)
+
+
+def test_only_evaluation_is_steered() -> None:
+    obs = {**observe("mlp"), "noise_action": torch.ones(B, TH, DA)}
+    with pytest.raises(UserError, match="the observation holds noise_action"):
+        accelerate(small(controllable_noise=True), strict=True)(obs)
 
 
 class Augmented(DiffusionMLP):
@@ -413,16 +428,6 @@ class Fork(PPODiffusion):
         return "its own"
 
 
-class ShortSampling(PPODiffusion):
-    """A class of the reference's name whose method takes fewer arguments."""
-
-    def forward(self, cond: Obs) -> Any:  # type: ignore[override]
-        return "its own"
-
-
-ShortSampling.forward.__qualname__ = "VPGDiffusion.forward"
-
-
 def test_a_fork_keeps_its_own_methods() -> None:
     fork = small(Fork)
     fast, obs = accelerate(fork), observe("mlp")
@@ -430,7 +435,56 @@ def test_a_fork_keeps_its_own_methods() -> None:
     assert fast.get_logprobs_subsample(obs, fast(obs).chains) == "its own"
     assert fast.get_logprobs(obs, fast(obs).chains).shape == (3 * B, TH, DA)
     assert not fork.calls
-    assert accelerate(small(ShortSampling))(obs) == "its own"
+
+
+class ShortSampling(PPODiffusion):
+    """A class of the reference's name whose method takes fewer arguments."""
+
+    def forward(self, cond: Obs) -> Any:  # type: ignore[override]
+        return "its own"
+
+
+class LongSampling(DiffusionModel):
+    """One whose method takes more."""
+
+    def forward(self, cond: Obs, deterministic: bool = True, num_steps: int | None = None) -> Any:
+        return "its own"
+
+
+ShortSampling.forward.__qualname__ = "VPGDiffusion.forward"
+LongSampling.forward.__qualname__ = "DiffusionModel.forward"
+
+
+def test_a_method_that_lacks_arguments_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    assert accelerate(small(ShortSampling))(observe("mlp")) == "its own"
+    (message,) = caplog.messages
+    assert message.startswith("VPGDiffusion.forward: its arguments are not cond, deterministic, return_chain")
+    with pytest.raises(UserError, match="its arguments are not"):
+        accelerate(small(ShortSampling), strict=True)
+
+
+def test_an_argument_that_a_fork_added_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    model, obs = LongSampling(DiffusionMLP(DA, TH, DO), {**CFG, "ft_denoising_steps": 0}), observe("mlp")
+    fast = accelerate(model)
+    assert fast(obs, deterministic=True).trajectories.shape == (B, TH, DA)
+    assert not caplog.messages
+    assert fast(obs, num_steps=2) == fast(obs, True, 2) == "its own"
+    assert caplog.messages == ["DiffusionModel.forward: num_steps is given; the original method runs instead"]
+    with pytest.raises(UserError, match="num_steps is given"):
+        accelerate(model, strict=True)(obs, num_steps=2)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_an_activation_that_no_op_knows(residual: bool) -> None:
+    """ReinFlow's networks may have one."""
+    network = DiffusionMLP(DA, TH, DO, mlp_dims=(8, 8, 8), activation_type="SiLU", residual_style=residual)
+    assert accelerate(PPODiffusion(network, CFG), strict=True)(observe("mlp")).trajectories.shape == (B, TH, DA)
+
+
+def with_activation(activation: nn.Module) -> Any:
+    network = DiffusionMLP(DA, TH, DO, mlp_dims=(8,))
+    network.mlp_mean.get_submodule("moduleList.0").act_1 = activation
+    return PPODiffusion(network, CFG)
 
 
 class OtherSteps(PPODiffusion):
@@ -453,6 +507,7 @@ class Wider(DiffusionMLP):
     [
         (lambda: nn.Linear(2, 2), "Linear is unknown: it is none of DiffusionModel, PPODiffusion, VPGDiffusion"),
         (lambda: DiffusionModel(Transformer(), CFG), "the network Transformer is unknown; it may be DiffusionMLP"),
+        (lambda: with_activation(nn.Hardswish()), "the activation Hardswish is unknown; it may be ReLU"),
         (lambda: small(OtherSteps), "the denoising steps of OtherSteps differ .* by 0.0099"),
         (lambda: with_network(Wider), r"Wider's extra.bias is torch.float32 \[2\], expected no such parameter"),
         (lambda: small().double(), r"is torch.float64 \[8\], expected torch.float32 \[8\]"),

@@ -72,6 +72,13 @@ def test_the_critic_sees_everything_in_pieces(monkeypatch: pytest.MonkeyPatch) -
     assert not whole.requires_grad
 
 
+def test_values_are_without_dropout() -> None:
+    value, obs = critic(), observations(10)
+    value.Q1.moduleList.insert(1, nn.Dropout(0.5))
+    assert evaluate_critic(value, obs).equal(evaluate_critic(value, obs))
+    assert not value(obs).equal(value(obs))
+
+
 def test_normalising_and_clipping_to_quantiles() -> None:
     raw = 3 + 2 * torch.randn(101, generator=seeded(0))
     standard = (raw.double().numpy() - raw.double().mean().item()) / (raw.double().numpy().std(ddof=1) + 1e-8)

@@ -142,6 +142,7 @@ def test_arguments(
     [
         # kinds of value
         (FINETUNE, "algorithm.gamma=abc", "algorithm.gamma: Value 'abc' .* Float"),
+        (FINETUNE, "algorithm.gamma=${{eval:1/2}}", "algorithm.gamma: Unsupported interpolation type eval"),
         (FINETUNE, "seed=abc", "seed: Value 'abc' .* Integer"),
         (FINETUNE, "env.num_envs=abc", "env.num_envs: Value 'abc' .* Integer"),
         (FINETUNE, "policy.options.predict_epsilon=maybe", "policy.options.predict_epsilon: Value 'maybe' .* bool"),
@@ -149,7 +150,7 @@ def test_arguments(
         (FINETUNE, "policy.network.mlp_dims=[a,2,2]", r"policy.network.mlp_dims\[0\]: Value 'a' .* Integer"),
         (FINETUNE, "policy.network.mlp_dims=512", "policy.network.mlp_dims: "),
         (FINETUNE, "policy=gaussian_mlp", "policy=gaussian_mlp: policy is a group of keys"),
-        (FINETUNE, "data=null", "data=None: data is a group of keys"),
+        (FINETUNE, "train=null", "train=None: train is a group of keys"),
         (FINETUNE, "algorithm=dppo", "algorithm: Cannot assign str to Dict"),
         (FINETUNE, "logdir=null", "logdir: Incompatible value 'None'"),
         (FINETUNE, "env=null", "env is missing"),
@@ -157,6 +158,17 @@ def test_arguments(
         (FINETUNE, "algorithm.name=dpo", r"algorithm.name=dpo is unknown \(did you mean dppo"),
         (FINETUNE, "policy.name=difusion", r"policy.name=difusion is unknown \(did you mean diffusion"),
         (FINETUNE, "policy.network.name=mlp", "policy.network.name=mlp is unknown"),
+        (
+            FINETUNE,
+            "policy.name=gaussian",
+            "network.name=diffusion_mlp does not fit policy.name=gaussian; choose one of ga",
+        ),
+        (
+            FINETUNE,
+            "policy.network.name=gmm_mlp",
+            "network.name=gmm_mlp does not fit policy.name=diffusion; choose one",
+        ),
+        (SCRATCH, "policy.name=gmm", "network.name=gaussian_mlp does not fit policy.name=gmm; choose one of gmm_mlp"),
         (FINETUNE, "policy.network.time_dims=3", r"policy.network.time_dims is unknown \(did you mean time_dim"),
         (FINETUNE, "policy.network.cond_dim=3", "policy.network.cond_dim follows from the environment"),
         (FINETUNE, "policy.network.activation_type=Relu", "activation='Relu' is unknown"),
@@ -238,7 +250,7 @@ def test_arguments(
         # environments
         (FINETUNE, "env.id=Hoper-v4", "env.id=Hoper-v4.* nearest names: Hopper-v4"),
         (FINETUNE, "env.id=hopper-medum-v2", "nearest names: hopper-medium-v2"),
-        (FINETUNE, "env.backend=mujoco", "env.backend=mujoco: unknown; choose from auto, envpool, gymnasium"),
+        (FINETUNE, "env.backend=mujoco", "env.backend=mujoco: unknown; choose from auto, .*envpool, gymnasium"),
         (FINETUNE, "env.normalization=/nope.npz", "env.normalization=/nope.npz: no such file"),
         (FINETUNE, "env.normalization={file}", "env.normalization=.*: not a readable npz file"),
         (FINETUNE, "env.normalization=asset:nope", "env.normalization: asset:nope: the package ships no such file"),
@@ -298,8 +310,13 @@ def test_configurations(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "checkpoint is missing"),
         ("checkpoint={run}", "out is missing"),
+        ("out={out}", "give one of checkpoint=<file or run> and scripted=<name>"),
+        ("out={out} scripted=lift checkpoint={gaussian}", "give one of checkpoint=<file or run> and scripted=<name>"),
+        ("out={out} scripted=lfit", r"scripted=lfit is unknown \(did you mean lift"),
+        ("out={out} scripted=lift options.nois=0", r"options.nois is unknown \(did you mean noise"),
+        ("out={out} scripted=lift env.num_env=3", r"env.num_env is unknown \(did you mean num_envs"),
+        ("checkpoint={gaussian} out={out} options.noise=0", "options go with scripted=<name>"),
         ("checkpoint={gaussian} out={out} stps=3", r"stps is unknown \(did you mean steps"),
         ("checkpoint={gaussian} out={out} steps", "steps: not of the form key=value"),
         ("checkpoint={gaussian} out={out} steps=0", "steps=0 must lie in"),

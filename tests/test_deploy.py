@@ -7,20 +7,25 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from dppo_fast import load_policy
+from dppo_fast.build import build_trainer, parse
 from dppo_fast.build import load_policy as load_checkpoint
-from dppo_fast.checkpoint import Checkpoint
+from dppo_fast.checkpoint import Checkpoint, find
 from dppo_fast.deploy import Units, WholeChain
 from dppo_fast.envs.normalize import Identity, MinMax, Normalization, Running
 from dppo_fast.export import main as export
 from dppo_fast.latency import main as latency
+from dppo_fast.trainer import Trainer
 from dppo_fast.types import NoiseStream, UserError
 from tests.runs import BC, DPPO, PPO, demonstrations, train
+from tests.small import perturb
 from tests.tolerances import Tolerance
 
 UNET = ["piece/policy@policy=diffusion_unet", "policy.network.dim=8", "policy.network.dim_mults=[1,2]"]
@@ -86,6 +91,71 @@ def test_acts_as_in_its_environment(runs: dict[str, Path], name: str) -> None:
         np.testing.assert_allclose(action, env.normalization.unnormalize_action(chosen.numpy()), rtol=1e-5, atol=1e-5)
         obs = env.step(chosen).obs
     env.close()
+
+
+def small_run(algorithm: str, policy: dict[str, Any], folder: Path) -> Trainer:
+    """An untrained one, with a checkpoint."""
+    folder.mkdir()
+    config = {
+        "logdir": str(folder),
+        "device": "cpu",
+        "env": {"id": "Hopper-v4", "num_envs": 2, "num_threads": 1},
+        "policy": policy,
+        "critic": {"mlp_dims": [8]},
+        "algorithm": {"name": algorithm},
+        "data": {"path": str(demonstrations(folder / "data.npz"))},
+        "train": {"n_steps": 2, "val_freq": 0},
+    }
+    trainer = build_trainer(parse(OmegaConf.create(config)), folder, config)
+    assert trainer.collector is not None
+    trainer.collector.reset()
+    trainer.save()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trainer]:
+    """Runs in which critics choose among the policy's proposals."""
+    diffusion = {"name": "diffusion", "network": {"name": "diffusion_mlp"}, "options": {"denoising_steps": 4}}
+    gaussian = {"name": "gaussian", "network": {"name": "gaussian_mlp", "mlp_dims": [8], "fixed_std": 0.3}}
+    folder = tmp_path_factory.mktemp("judged")
+    small_run("rwr", gaussian, folder / "imitated")
+    imitating = {**gaussian, "checkpoint": str(folder / "imitated")}
+    made = {
+        "idql": small_run("idql", diffusion, folder / "idql"),
+        "ibrl": small_run("ibrl", imitating, folder / "ibrl"),
+    }
+    for trainer in made.values():
+        perturb(trainer.algorithm.modules()["policy"].trained(), 0.3)
+        perturb(trainer.algorithm.modules()["target_critic"], 0.3)
+        trainer.save()
+    return made
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("name", ["idql", "ibrl"])
+def test_acts_as_in_evaluation(judged: dict[str, Trainer], name: str, published: bool, tmp_path: Path) -> None:
+    """By the critics' choice, which is another than the policy's own, from the published file, too."""
+    trainer, path = judged[name], judged[name].run
+    if published:
+        path = tmp_path / "policy.safetensors"
+        Checkpoint.load(find(judged[name].run)).policy_only().save(path)
+    actor, state = trainer.algorithm.actor, torch.randn(64, 1, 11)
+    decisions = []
+    for act in (actor.act, trainer.algorithm.modules()["policy"].act):
+        actor.noise = NoiseStream(3)
+        decisions.append(act({"state": state}, deterministic=True).action)
+    deployed = load_policy(path, "cpu", seed=3)
+    torch.testing.assert_close(deployed.act(state), deployed.raw(decisions[0]))
+    assert not torch.equal(*decisions)
+    loaded = load_checkpoint(path, torch.device("cpu"))
+    loaded.actor.noise = NoiseStream(3)
+    torch.testing.assert_close(loaded.actor.act({"state": state}, True).action, decisions[0])
+
+
+def test_what_critics_choose_is_no_graph(judged: dict[str, Trainer], capsys: pytest.CaptureFixture[str]) -> None:
+    assert export([f"checkpoint={judged['idql'].run}", "out=policy.pt2"]) == 2
+    assert re.match("error: checkpoint: critics choose among several of its chains", capsys.readouterr().err)
 
 
 def test_numpy_gives_numpy_and_torch_torch(runs: dict[str, Path]) -> None:

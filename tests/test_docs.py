@@ -74,7 +74,7 @@ def test_configurations_exist() -> None:
 
 
 def test_the_tests_in_the_table_of_differences_exist() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", ALGORITHMS_PAGE)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(?:\w+::)?(\w+)`", ALGORITHMS_PAGE)
     assert len(named) == ALGORITHMS_PAGE.count("`tests/")
     for file, test in named:
         functions = (
@@ -83,7 +83,7 @@ def test_the_tests_in_the_table_of_differences_exist() -> None:
         assert test in {function.name for function in functions}, f"{file}::{test}"
 
 
-@pytest.mark.parametrize("page", ["algorithms.md", "extending.md", "kernels.md", "profiling.md"])
+@pytest.mark.parametrize("page", ["algorithms.md", "extending.md", "kernels.md", "migrating.md", "profiling.md"])
 def test_links_and_files_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text):

@@ -13,12 +13,17 @@ import torch
 from gymnasium.spaces import Box, Dict
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from dppo_fast.algorithms.dppo import DPPO, DPPOConfig
 from dppo_fast.algorithms.ppo import Batch
+from dppo_fast.buffer import RolloutBuffer
 from dppo_fast.build import build_trainer, parse
 from dppo_fast.data.trajectories import Trajectories
 from dppo_fast.log import RunLog
-from dppo_fast.networks.vision import Vision, VitEncoder, shift_images
+from dppo_fast.networks.vision import Vision, VisionDiffusionMLP, ViTCritic, VitEncoder, shift_images
+from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from dppo_fast.trainer import Trainer
 from dppo_fast.types import Obs, UserError
 from tests.runs import rows
@@ -239,6 +244,45 @@ def test_images_are_encoded_once_per_decision_and_network(tmp_path: Path) -> Non
     learner.minibatch(learner._prepare(), torch.arange(24) // 2, torch.arange(24) % 2, (), torch.zeros(()))
     assert tuned == [24]
     assert values[-1] == 12
+
+
+CAN = {"cond_dim": 9, "image_shapes": {"rgb": (1, 3, 96, 96)}, "residual_style": True}
+"""The sizes of the reference's configuration of the task Can, from images."""
+
+
+def can_policy() -> DiffusionPolicy:
+    network = VisionDiffusionMLP(**CAN, action_dim=7, horizon_steps=4, time_dim=32, mlp_dims=[512] * 3)
+    return DiffusionPolicy(network, DiffusionConfig(100, ddim_steps=5, ft_denoising_steps=5), 4, 7)
+
+
+def test_a_chain_of_the_can_task_costs_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference runs both networks at all 5 steps, and with each the encoder."""
+    monkeypatch.setenv("DPPO_FAST_BACKEND", "reference")  # which is counted
+    policy = can_policy()
+    obs = {"state": torch.zeros(1, 1, 9), "rgb": torch.zeros(1, 1, 3, 96, 96, dtype=torch.uint8)}
+    mega = []
+    for run in (lambda: policy.act(obs), lambda: policy.actor(torch.zeros(1, 4, 7), torch.zeros(1), obs)):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+        mega.append(counter.get_total_flops() / 1e6)
+    chain, network = mega
+    assert chain == pytest.approx(127, abs=1)
+    assert 2 * 5 * network == pytest.approx(1223, abs=10)
+
+
+def test_the_can_task_fits_in_16_gib() -> None:
+    """300 decisions of 50 envs, each with an image; 500 pairs at once."""
+    config = DPPOConfig(batch_size=7500, microbatch_size=500, augment=True)
+    critic = ViTCritic(**CAN, mlp_dims=[256] * 3)
+    learner, shapes = (
+        DPPO(can_policy(), critic, config, RolloutBuffer(300, 50)),
+        {"state": (1, 9), "rgb": (1, 3, 96, 96)},
+    )
+    sizes = learner.memory(shapes)
+    decision = 3 * 96 * 96 + 4 * 9 + 4 * (6 * 4 * 7 + 5)  # image, state, points of the chain and their log-probs
+    assert sizes["rollout"] == 300 * 50 * decision
+    assert sizes["activations of 500 pairs"] < 500 * 4e6
+    assert sum(sizes.values()) < 2.5e9
 
 
 @pytest.mark.parametrize("network", ["diffusion_vision_unet", "gmm_vision_mlp"])

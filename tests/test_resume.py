@@ -14,7 +14,20 @@ import pytest
 from omegaconf import OmegaConf
 
 from dppo_fast.checkpoint import checkpoints
-from tests.runs import BC, DPPO, DQL, PPO, SAC, assert_same_runs, demonstrations, killed, rows, train, train_until
+from tests.runs import (
+    BC,
+    DPPO,
+    DQL,
+    DROPOUT,
+    PPO,
+    SAC,
+    assert_same_runs,
+    demonstrations,
+    killed,
+    rows,
+    train,
+    train_until,
+)
 
 COLLECT = "dppo_fast.buffer:RolloutBuffer.add"
 UPDATE = "dppo_fast.optim:Trainable.step"
@@ -28,6 +41,7 @@ RUNS = {
     "dql": DQL,
     "sac": SAC,
     "bc": BC,
+    "bc-dropout": DROPOUT,
 }
 
 
@@ -35,7 +49,7 @@ RUNS = {
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
     """The arguments of the run with this name."""
     data = demonstrations(tmp_path_factory.mktemp("data") / "train.npz")
-    return lambda name: [*RUNS[name], *([f"data.path={data}"] if name == "bc" else [])]
+    return lambda name: [*RUNS[name], *([f"data.path={data}"] if name.startswith("bc") else [])]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +81,7 @@ def whole(arguments: Callable[[str], list[str]], tmp_path_factory: pytest.TempPa
         ("sac", UPDATE, 6 + 5),
         pytest.param("dql", "dppo_fast.journal:Journal.prune", 2, id="between checkpoint and pruning the replay"),
         ("bc", UPDATE, 5 + 3),
+        ("bc-dropout", UPDATE, 5 + 3),
         pytest.param("dppo-envpool", COLLECT, 3, id="in the first iteration"),
         pytest.param("dppo-envpool", EVALUATE, 1, id="before the first checkpoint"),
         pytest.param("dppo-envpool", WRITE_CHECKPOINT, 2, id="between metrics and checkpoint"),
@@ -89,7 +104,7 @@ def test_a_killed_run_resumes_exactly(
     assert (run / "learning_curve.png").is_file()
 
 
-@pytest.mark.parametrize("name", ["dppo-envpool", "ppo", "dql", "sac", "bc"])
+@pytest.mark.parametrize("name", ["dppo-envpool", "ppo", "dql", "sac", "bc", "bc-dropout"])
 def test_the_seed_determines_the_run(
     name: str, arguments: Callable[[str], list[str]], whole: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -42,7 +42,7 @@ class CountingMLP(DiffusionMLP):
         self.calls["rows"] += len(x)
         return super().denoise(x, time, obs)
 
-    def step(self) -> None:
+    def step(self, t: Tensor) -> None:
         return None
 
 
@@ -145,6 +145,24 @@ def no_host_sync() -> Iterator[None]:
     """Fail where the host would wait for a GPU, found out on the CPU."""
     with NoWaitingOperations(), NoReading():
         yield
+
+
+class CountingReads(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def count_reads() -> Iterator[Counter[str]]:
+    """How often the host reads a tensor, by the method; it may not wait in any other way."""
+    with NoWaitingOperations(), CountingReads() as mode:
+        yield mode.counts
 
 
 X = torch.arange(4.0)

@@ -17,14 +17,16 @@ from dppo_fast.types import Actor, Metrics, ObsShapes
 class Algorithm(ABC):
     """How to learn. ``actor`` decides, ``buffer`` receives what the trainer collects, ``update`` learns from it.
 
-    ``deployed`` names the one of ``modules()`` whose weights evaluation and fine-tuning start from. ``replay`` is what
-    a checkpoint holds beside ``state_dict``, as changes since the one before.
+    ``deployed`` names the one of ``modules()`` whose weights evaluation and fine-tuning start from, ``judges`` those
+    which choose among its proposals where it acts. ``replay`` is what a checkpoint holds beside ``state_dict``, as
+    changes since the one before.
     """
 
     actor: Actor
     buffer: RolloutBuffer | None = None
     replay: ReplayBuffer | None = None
     deployed: str = "policy"
+    judges: tuple[str, ...] = ()
 
     @abstractmethod
     def steps_to_collect(self, iteration: int) -> int:

@@ -175,4 +175,5 @@ class DPPO(PPO):
         super().load_state_dict(state)
         self.policy.ft_steps = int(state["ft_steps"])
         self.policy.min_sampling_std = float(state["min_sampling_std"])
+        self.policy.sampler.forget()
         self._build_tables()

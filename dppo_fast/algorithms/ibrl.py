@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from dppo_fast.algorithms.parts import Parts
 from dppo_fast.networks.ensemble import Ensemble
 from dppo_fast.policies.gaussian import GaussianPolicy
 from dppo_fast.replay import Transitions
-from dppo_fast.types import Act, Obs, require_ranges
+from dppo_fast.types import Act, Obs, UserError, require_ranges
 
 JUDGES = 2
 """Members of the ensemble, drawn anew for every decision and every batch, whose minimum chooses."""
@@ -59,6 +60,7 @@ class IBRL(OffPolicy):
     trains = GaussianPolicy
     policy: GaussianPolicy
     config: IBRLConfig
+    judges = ("target_critic",)
 
     def __init__(self, config: IBRLConfig, parts: Parts) -> None:
         super().__init__(config, parts)
@@ -68,7 +70,14 @@ class IBRL(OffPolicy):
         self.target = self.add_target("target_critic", self.critic)
         self.target_actor = self.add_target("target_actor", self.policy.trained())
         self.chunk = self.policy.horizon_steps, self.policy.action_dim
-        self.replay.add(demonstrations(parts))
+
+    @classmethod
+    def build(cls, options: IBRLConfig, parts: Parts) -> Self:
+        if not parts.pretrained:
+            raise UserError("policy.checkpoint is missing: give the policy to imitate, as behaviour cloning trains it")
+        algorithm = super().build(options, parts)
+        algorithm.replay.add(demonstrations(parts))
+        return algorithm
 
     @property
     def steps_per_decision(self) -> float:
@@ -145,7 +154,10 @@ class IBRL(OffPolicy):
         return loss
 
     def actor_loss(self, obs: Obs, noise: Tensor) -> Tensor:
-        """Minus the mean of the smallest value that any critic gives to the own proposals."""
-        value = self.critic(obs, self.propose(self.policy.actor_ft, obs, noise))
+        """Minus the mean of the smallest value that any critic gives to the own proposals, which the paper makes with
+        dropout.
+        """
+        with self.policy.dropout() as network:
+            value = self.critic(obs, self.propose(network, obs, noise))
         loss: Tensor = -value.amin((0, 1)).mean()
         return loss

@@ -40,6 +40,7 @@ class IDQL(DiffusionQ):
     """``state_value`` learns from the target critics, and the critics from ``state_value``."""
 
     config: IDQLConfig
+    judges = ("target_critic", "state_value")
 
     def __init__(self, config: IDQLConfig, parts: Parts) -> None:
         super().__init__(config, parts)

@@ -22,7 +22,7 @@ class Parts:
     Q(obs, action) -> [Q, B] that the configuration describes, on ``device`` and with other weights at every call; their
     arguments go before the configuration's. ``trajectories`` reads the demonstrations and raises UserError where the
     configuration names none. ``generator`` is the source of all randomness. ``reference`` asks for the reference's
-    behaviour where it differs.
+    behaviour where it differs. ``pretrained`` tells whether the policy starts from a checkpoint.
     """
 
     policy: Policy
@@ -38,3 +38,4 @@ class Parts:
     graphs: bool = False
     recipe: Recipe = RECIPES["fp32"]
     reference: bool = False
+    pretrained: bool = True

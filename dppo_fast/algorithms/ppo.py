@@ -25,11 +25,11 @@ from dppo_fast.policies.base import Policy
 from dppo_fast.policies.gaussian import DensityPolicy
 from dppo_fast.runtime.graph import GraphedFunction
 from dppo_fast.runtime.memory import activation_bytes
-from dppo_fast.runtime.precision import RECIPES, matmul_precision
+from dppo_fast.runtime.precision import RECIPES, matmul_precision, update_precision
 from dppo_fast.types import Metrics, Obs, ObsShapes, Record, UserError, require_ranges
 
-CPU_MICROBATCH = 1024
-"""Rows per forward and backward pass on a CPU: the activations of a 512-wide network then stay in its cache."""
+CPU_MICROBATCH = 2048
+"""Rows per forward and backward pass on a CPU: the activations of a 512-wide network then stay in its last cache."""
 
 IMAGE_MICROBATCH = 512
 """Rows per forward and backward pass where the policy sees images, whose activations fill a GPU's memory."""
@@ -261,7 +261,7 @@ class PPO(OnlineAlgorithm):
     def _learn(self, inputs: Mapping[str, Tensor], due: tuple[str, ...]) -> Tensor:
         """A minibatch of ``self.batch`` and its metrics, in the order of ``metric_names``."""
         assert self.batch is not None
-        with matmul_precision(self.recipe.trained):
+        with update_precision(self.recipe):
             metrics = self.minibatch(self.batch, inputs["row"], inputs["k"], due, inputs["stop"])
         self.metric_names = tuple(metrics)
         return torch.stack(list(metrics.values()))

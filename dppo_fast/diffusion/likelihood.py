@@ -28,19 +28,6 @@ def denoising_errors(
     return (prediction - (noise if predict_epsilon else action)).square().mean((1, 2))
 
 
-def denoising_loss(
-    network: DenoisingNetwork,
-    schedule: NoiseSchedule,
-    obs: Obs,
-    action: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    predict_epsilon: bool = True,
-) -> Tensor:
-    """The mean of `denoising_errors` over the batch."""
-    return denoising_errors(network, schedule, obs, action, t, noise, predict_epsilon).mean()
-
-
 def predict(
     network: DenoisingNetwork, schedule: NoiseSchedule, obs: Obs, x: Tensor, k: Tensor, first: int = 0
 ) -> Tensor:

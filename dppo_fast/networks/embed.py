@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "GELU": nn.GELU,
     "Tanh": nn.Tanh,
     "Mish": nn.Mish,
+    "SiLU": nn.SiLU,
     "Softplus": nn.Softplus,
     "Identity": nn.Identity,
 }

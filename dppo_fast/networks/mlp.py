@@ -6,7 +6,7 @@ Parameter names are the reference's, so that its checkpoints load with strict=Tr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dppo_fast.kernels._memo import Memo
+from dppo_fast.kernels.mlp_chain import ACTIVATIONS as OP_ACTIVATIONS
 from dppo_fast.kernels.mlp_chain import MLPStep
 from dppo_fast.networks.embed import SinusoidalPosEmb, activation
 from dppo_fast.networks.gaussian import GaussianNetwork
@@ -186,8 +187,9 @@ class DiffusionMLP(nn.Module):
         dims = [sum(self.sizes), *mlp_dims, horizon_steps * action_dim]
         self.mlp_mean = trunk(dims, activation_type, out_activation_type, use_layernorm, residual_style)
         self.activation_type = activation_type
-        self.times: Memo[Tensor] = Memo()
-        self.fusible = out_activation_type == "Identity" and not use_layernorm
+        self.parts: Memo[tuple[MLPStep, Tensor]] = Memo()
+        known = activation_type in OP_ACTIVATIONS and out_activation_type == "Identity"
+        self.fusible = known and not use_layernorm
 
     def features(self, obs: Obs) -> Tensor:
         """What the network sees of the observation: the flattened state, through ``cond_mlp`` where there is one."""
@@ -201,23 +203,29 @@ class DiffusionMLP(nn.Module):
 
     def time_table(self, t: Tensor) -> Tensor:
         """The time's share of the first layer for timesteps ``t`` [n]: [n, H]."""
-        layers: Any = self.time_embedding
-        first, (embedding, one, _, two) = self.mlp_mean.first, layers
-        sources = (first.weight, one.weight, one.bias, two.weight, two.bias, embedding.frequency, t)
-        return self.times(sources, lambda: F.linear(self.time_embedding(t), self._columns(first, 1)))
+        return F.linear(self.time_embedding(t), self._columns(self.mlp_mean.first, 1))
 
     def denoise(self, x: Tensor, time: Tensor, obs: Tensor) -> Tensor:
         """x [B, Th, Da], a row or rows of ``time_table`` [H] or [B, H], ``encode_obs`` [B, H] -> [B, Th, Da]."""
         h = torch.addmm(obs + time, x.flatten(1), self._columns(self.mlp_mean.first, 0).t())
         return self.mlp_mean.rest(h).view(-1, *self.action_shape)
 
-    def step(self) -> MLPStep | None:
-        """What ``denoise`` computes, for the op that runs a whole chain; None where it has more than that op knows."""
+    def step(self, t: Tensor) -> tuple[MLPStep, Tensor] | None:
+        """What ``denoise`` computes and ``time_table(t)``, for the op that runs a whole chain; None where ``denoise``
+        has more than that op knows.
+        """
         if not self.fusible:
             return None
-        first, *others = self.mlp_mean.linears
+        layers: Any = self.time_embedding
+        (first, *others), (embedding, one, _, two) = self.mlp_mean.linears, layers
         pairs = tuple((linear.weight, linear.bias) for linear in others)
-        return MLPStep(self._columns(first, 0), pairs, self.activation_type, isinstance(self.mlp_mean, ResidualMLP))
+        sources = (first.weight, *chain(*pairs), one.weight, one.bias, two.weight, two.bias, embedding.frequency, t)
+
+        def part() -> tuple[MLPStep, Tensor]:
+            residual = isinstance(self.mlp_mean, ResidualMLP)
+            return MLPStep(self._columns(first, 0), pairs, self.activation_type, residual), self.time_table(t)
+
+        return self.parts(sources, part)
 
     def forward(self, x: Tensor, t: Tensor, obs: Obs) -> Tensor:
         """x [B, Th, Da], t [B] -> [B, Th, Da]."""

@@ -84,10 +84,9 @@ class Transformer(nn.Module):
         return self.head(embeddings), embeddings
 
 
-class GaussianTransformer(GaussianNetwork):
-    """obs -> (mean, std) of a diagonal Gaussian over the action chunk, each [B, Th * Da].
-
-    A Transformer over one token, the observation's features; means are squashed to [-1, 1].
+class DensityTransformer(GaussianNetwork):
+    """A Transformer over one token, the observation's features, that gives the means, squashed to [-1, 1], and stds of
+    ``num_modes`` Gaussians.
     """
 
     def __init__(
@@ -105,10 +104,12 @@ class GaussianTransformer(GaussianNetwork):
         learn_fixed_std: bool = False,
         std_min: float = 0.01,
         std_max: float = 1.0,
+        *,
+        num_modes: int = 1,
     ) -> None:
-        super().__init__(action_dim, horizon_steps, fixed_std, learn_fixed_std, std_min, std_max)
+        super().__init__(action_dim, horizon_steps, fixed_std, learn_fixed_std, std_min, std_max, num_modes)
         self.transformer = Transformer(
-            (2 if fixed_std is None else 1) * self.num_modes * action_dim,
+            (2 if fixed_std is None else 1) * num_modes * action_dim,
             horizon_steps,
             cond_dim,
             n_layer=transformer_num_layers,
@@ -119,16 +120,27 @@ class GaussianTransformer(GaussianNetwork):
             activation=transformer_activation,
         )
 
+    def modes(self, obs: Obs) -> tuple[Tensor, Tensor, Tensor]:
+        """Means and stds [B, M, Th * Da], and the Transformer's embeddings [B, Th, n_emb]."""
+        out, embeddings = self.transformer(self.features(obs)[:, None])  # [B, Th, (1 or 2) * M * Da]
+        out = out.view(*out.shape[:2], -1, self.num_modes, self.action_dim)
+        mean, *logvar = out.permute(2, 0, 3, 1, 4).flatten(3).unbind()
+        mean = mean.tanh()
+        return mean, self.std(mean, *logvar), embeddings
+
+
+class GaussianTransformer(DensityTransformer):
+    """obs -> (mean, std) of a diagonal Gaussian over the action chunk, each [B, Th * Da]."""
+
     def forward(self, obs: Obs) -> tuple[Tensor, Tensor]:
-        out, _ = self.transformer(self.features(obs)[:, None])
-        mean, std = _by_mode(self, out)
+        mean, std, _ = self.modes(obs)
         return mean.squeeze(1), std.squeeze(1)
 
 
-class GMMTransformer(GaussianNetwork):
+class GMMTransformer(DensityTransformer):
     """obs -> (mean [B, M, Th * Da], std [B, M, Th * Da], logits [B, M]) of a mixture of M = ``num_modes`` Gaussians.
 
-    As GaussianTransformer; the logits are a linear function of all steps' embeddings.
+    The logits are a linear function of all steps' embeddings.
     """
 
     def __init__(
@@ -138,38 +150,11 @@ class GMMTransformer(GaussianNetwork):
         cond_dim: int,
         num_modes: int = 5,
         transformer_embed_dim: int = 256,
-        transformer_num_heads: int = 8,
-        transformer_num_layers: int = 6,
-        transformer_activation: str = "gelu",
-        p_drop_emb: float = 0.0,
-        p_drop_attn: float = 0.0,
-        fixed_std: float | None = None,
-        learn_fixed_std: bool = False,
-        std_min: float = 0.01,
-        std_max: float = 1.0,
+        **options: Any,
     ) -> None:
-        super().__init__(action_dim, horizon_steps, fixed_std, learn_fixed_std, std_min, std_max, num_modes)
-        self.transformer = Transformer(
-            (2 if fixed_std is None else 1) * self.num_modes * action_dim,
-            horizon_steps,
-            cond_dim,
-            n_layer=transformer_num_layers,
-            n_head=transformer_num_heads,
-            n_emb=transformer_embed_dim,
-            p_drop_emb=p_drop_emb,
-            p_drop_attn=p_drop_attn,
-            activation=transformer_activation,
-        )
+        super().__init__(action_dim, horizon_steps, cond_dim, transformer_embed_dim, **options, num_modes=num_modes)
         self.modes_head = nn.Linear(horizon_steps * transformer_embed_dim, num_modes)
 
     def forward(self, obs: Obs) -> tuple[Tensor, Tensor, Tensor]:
-        out, embeddings = self.transformer(self.features(obs)[:, None])
-        return *_by_mode(self, out), self.modes_head(embeddings.flatten(1))
-
-
-def _by_mode(network: GaussianNetwork, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and stds [B, M, Th * Da] from the Transformer's output [B, Th, (1 or 2) * M * Da]."""
-    out = out.view(*out.shape[:2], -1, network.num_modes, network.action_dim)
-    mean, *logvar = out.permute(2, 0, 3, 1, 4).flatten(3).unbind()
-    mean = mean.tanh()
-    return mean, network.std(mean, *logvar)
+        mean, std, embeddings = self.modes(obs)
+        return mean, std, self.modes_head(embeddings.flatten(1))

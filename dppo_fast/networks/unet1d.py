@@ -207,7 +207,7 @@ class Unet1D(nn.Module):
         out: Tensor = self.final_conv(h)
         return out.transpose(1, 2)
 
-    def step(self) -> None:
+    def step(self, t: Tensor) -> None:
         """No op runs a whole chain of it."""
 
     def forward(self, x: Tensor, t: Tensor, obs: Obs) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class Policy(nn.Module, ABC):
     """A trainable policy whose decisions consist of ``decisions`` scored parts: F denoising steps, or one action.
 
     ``noise`` is the source of all randomness in ``act``, ``generator`` that of the losses; None means PyTorch's default
-    one.
+    one. Dropout, where a network has it, acts only where ``dropout`` says so, and is always of the default one.
     """
 
     actor: Any
@@ -76,11 +77,19 @@ class Policy(nn.Module, ABC):
         network: nn.Module = self.actor if self.actor_ft is None else self.actor_ft
         return network
 
+    @contextmanager
+    def dropout(self) -> Iterator[Any]:
+        """The trained network, with dropout."""
+        network = self.trained()
+        yield network.train()
+        network.eval()
+
     def draw_noise(self, batch: int, draws: int) -> Tensor:
         """[draws, B, Th, Da]: the standard normals of this decision, which are the same in every batch."""
-        if len(self.env_ids) < batch:
-            self.env_ids = torch.arange(batch, device=self.env_ids.device)
-        env = self.env_ids[:batch]
+        first = self.noise.first_env
+        if len(self.env_ids) < first + batch:
+            self.env_ids = torch.arange(first + batch, device=self.env_ids.device)
+        env = self.env_ids[first : first + batch]
         step = torch.full_like(env, self.noise.step)
         self.noise.step += 1
         noise = keyed_normal(self.noise.seed, env, step, draws, self.horizon_steps * self.action_dim)

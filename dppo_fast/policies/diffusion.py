@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +96,7 @@ class DiffusionPolicy(Policy):
         )
         self.min_sampling_std = float(config.min_sampling_denoising_std)
         self.min_log_prob_std = float(config.min_logprob_denoising_std)
-        self.actor = network
+        self.actor = network.eval()
         self.actor_ft = None
         self.eta = eta
         if F > 0:
@@ -223,10 +222,10 @@ class DiffusionPolicy(Policy):
         return {"t": t, "noise": self.randn(batch, self.horizon_steps, self.action_dim)}
 
     def cloning_errors(self, obs: Obs, action: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
-        """The mean squared errors of denoising from the timesteps and the noise drawn."""
-        network: Any = self.trained()
+        """The mean squared errors, with dropout, of denoising from the timesteps and the noise drawn."""
         epsilon = self.config.predict_epsilon
-        return denoising_errors(network, self.schedule, obs, action, draws["t"], draws["noise"], epsilon)
+        with self.dropout() as network:
+            return denoising_errors(network, self.schedule, obs, action, draws["t"], draws["noise"], epsilon)
 
     def denoising_loss(self, obs: Obs, action: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The mean of ``cloning_errors`` at timesteps ``t`` [B] with ``noise`` [B, Th, Da]."""

@@ -33,9 +33,9 @@ class GaussianConfig:
 class DensityPolicy(Policy):
     """``actor_ft`` is trained; ``actor``, its frozen copy, is the base policy of the behaviour-cloning term.
 
-    ``record``: ``action`` [N, Th, Da], ``log_prob`` [N, 1]. Dropout, where the network has it, acts in pre-training and
-    other imitation alone. ``clamp_log_prob`` reproduces the reference, which clamps log-probs to LOG_PROB_RANGE: chunks
-    outside of it, such as nearly all that a narrow density samples, then have no gradient.
+    ``record``: ``action`` [N, Th, Da], ``log_prob`` [N, 1]. ``clamp_log_prob`` reproduces the reference, which clamps
+    log-probs to LOG_PROB_RANGE: chunks outside of it, such as nearly all that a narrow density samples, then have no
+    gradient.
     """
 
     def __init__(
@@ -95,10 +95,9 @@ class DensityPolicy(Policy):
         return -self._score(self.actor_ft(obs), action).mean()
 
     def cloning_errors(self, obs: Obs, action: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
-        """Minus the log-densities."""
-        density = self.actor_ft.train()(obs)
-        self.actor_ft.eval()
-        return -self.log_density(density, action.flatten(1))
+        """Minus the log-densities, with dropout."""
+        with self.dropout() as network:
+            return -self.log_density(network(obs), action.flatten(1))
 
     def _score(self, density: Any, action: Tensor) -> Tensor:
         log_prob = self.log_density(density, action)

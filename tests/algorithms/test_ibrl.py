@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from dppo_fast.algorithms.ibrl import IBRL, IBRLConfig
 from dppo_fast.networks.mlp import GaussianMLP
 from dppo_fast.optim import LRConfig
 from dppo_fast.policies.gaussian import GaussianConfig, GaussianPolicy
+from dppo_fast.types import UserError
 from tests.algorithms.off_policy import check_capturable, chunk_noise, golden_parts, golden_transitions, parts
 from tests.golden_files import Case, golden_cases
 from tests.golden_models import (
@@ -33,11 +35,11 @@ NEARLY_DETERMINISTIC = Tolerance(absolute=1e-5 + 3 * DETERMINISTIC_STD)
 """The reference's imitation policy, and when evaluated the other, too, add noise of DETERMINISTIC_STD."""
 
 
-def ibrl(**config: Any) -> IBRL:
+def ibrl(network: Mapping[str, Any] = {}, **config: Any) -> IBRL:
     """With an imitation policy that differs from the learning one."""
-    policy = gaussian_policy()
+    policy = gaussian_policy(**network)
     perturb(policy.actor, 0.3)
-    return IBRL(IBRLConfig(**{"batch_size": 8, "critic_num_update": 2, "n_critics": 3, **config}), parts(policy))
+    return IBRL.build(IBRLConfig(**{"batch_size": 8, "critic_num_update": 2, "n_critics": 3, **config}), parts(policy))
 
 
 def ibrl_of(case: Case) -> IBRL:
@@ -115,6 +117,26 @@ def test_deterministic_actions(case: Case) -> None:
     )
     action = algorithm.decide(golden_observations(case), deterministic=True).action
     NEARLY_DETERMINISTIC.check(action, case["sample_det/actions"])
+
+
+def test_only_the_actor_s_loss_has_dropout() -> None:
+    algorithm, obs = ibrl({"dropout": 0.5}), observations(8)
+    draws, batch = algorithm.draws(("critic", "actor")), algorithm.replay.sample(8)
+    losses = [
+        {compute().item() for _ in range(5)}
+        for compute in (
+            lambda: algorithm.actor_loss(obs, draws["noise"]),
+            lambda: algorithm.critic_loss(batch, draws),
+            lambda: algorithm.decide(obs, deterministic=True).action.sum(),
+        )
+    ]
+    assert [len(values) for values in losses] == [5, 1, 1]
+
+
+def test_random_weights_are_not_imitated() -> None:
+    without = replace(parts(gaussian_policy()), pretrained=False)
+    with pytest.raises(UserError, match=r"policy\.checkpoint is missing: give the policy to imitate"):
+        IBRL.build(IBRLConfig(), without)
 
 
 @pytest.mark.parametrize("imitation", [False, True])

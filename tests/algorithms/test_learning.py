@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dppo_fast.algorithms import ALGORITHMS
 from dppo_fast.algorithms.base import OnlineAlgorithm
+from dppo_fast.algorithms.off_policy import OffPolicy
+from dppo_fast.algorithms.ppo import PPO
 from dppo_fast.optim import LRConfig
-from tests.algorithms.learning_tasks import Learner, diffusion, flow, gaussian, hill, squashed
+from dppo_fast.trainer import TrainConfig, Trainer
+from tests.algorithms.learning_tasks import Learner, Modes, diffusion, flow, gaussian, hill, squashed, task_parts
+from tests.small import collector, distance, weights
+from tests.test_zero_waste import count_reads
 
 FAST = dict.fromkeys(("actor_lr_scheduler", "critic_lr_scheduler"), LRConfig(min_lr=3e-3))
 LIKELIHOOD = {
@@ -91,6 +98,59 @@ def test_learns_to_choose_the_best_mode(name: str) -> None:
     before, after = LEARNERS[name].learn(cls, schema)
     assert before < 0.6
     assert after > before + MARGIN, (before, after)
+
+
+def small_trainer(name: str, run: Path) -> Trainer:
+    """One that begins with its algorithm's first iteration in environments."""
+    learner = LEARNERS[name]
+    cls, schema = ALGORITHMS[name.partition("-")[0]]
+    assert issubclass(cls, OnlineAlgorithm)
+    parts = task_parts(learner.policy(), learner.n_steps, 16)
+    algorithm = cls.build(schema(**learner.options), parts)
+    parts.policy.generator = parts.generator
+    env = Modes(16, learner.reward)
+    trainer = Trainer(algorithm, TrainConfig(), run, parts.generator, collector(env, algorithm.actor))
+    trainer.iteration = learner.options.get("n_offline_itr", 0)
+    return trainer
+
+
+def iterate(trainer: Trainer) -> None:
+    trainer._collect(deterministic=False)
+    trainer._update(trainer.iteration)
+    trainer.algorithm.step_schedules(trainer.iteration)
+    trainer.iteration += 1
+
+
+@pytest.mark.parametrize("name", [name for name in LEARNERS if not name.startswith("rwr")])
+def test_the_host_reads_once_per_iteration(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metrics, after everything else is on its way. Only RWR has to know before how many episodes ended."""
+    monkeypatch.setenv("DPPO_FAST_BACKEND", "reference")  # the C++ ops are for the CPU
+    trainer = small_trainer(name, tmp_path)
+    if isinstance(trainer.algorithm, PPO):
+        trainer.algorithm.on_host = False
+    iterate(trainer)  # which allocates
+    trainer._collect(deterministic=False)
+    with count_reads() as reads:
+        trainer._update(trainer.iteration)
+    assert reads == {"tolist": 1}
+
+
+@pytest.mark.parametrize("name", [x for x in LEARNERS if issubclass(ALGORITHMS[x.partition("-")[0]][0], OffPolicy)])
+def test_a_restored_run_goes_on_exactly(name: str, tmp_path: Path) -> None:
+    whole, resumed = (small_trainer(name, tmp_path) for _ in range(2))
+    iterate(whole)
+    whole.save()
+    iterate(whole)
+    resumed.restore(whole.save())
+    for trainer in (whole, resumed):
+        iterate(trainer)
+    for one, other in zip(whole.algorithm.modules().values(), resumed.algorithm.modules().values(), strict=True):
+        assert distance(weights(one), weights(other)) == 0
+    (kept, again) = (trainer.algorithm.replay for trainer in (whole, resumed))
+    assert kept is not None
+    assert again is not None
+    assert kept.size == again.size
+    assert all(value[: kept.size].equal(again.data[path][: kept.size]) for path, value in kept.data.items())
 
 
 def test_no_algorithm_is_forgotten() -> None:

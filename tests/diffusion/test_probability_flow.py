@@ -58,7 +58,7 @@ class GaussianData:
         eps = -noise * score.view_as(x)
         return eps if self.predict_epsilon else (x - noise * eps) / signal
 
-    def step(self) -> None:
+    def step(self, t: Tensor) -> None:
         return None
 
     def log_density(self, x: Tensor) -> Tensor:

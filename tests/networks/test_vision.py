@@ -226,9 +226,12 @@ def test_only_the_last_images_are_seen(cls: type[nn.Module]) -> None:
 
 
 @NETWORKS
-def test_the_images_history_may_be_shorter_than_the_states(cls: type[nn.Module]) -> None:
-    network, obs = small(cls), see()
-    assert torch.equal(run(network, {**obs, "rgb": obs["rgb"][:, -1:]}), run(network, obs))
+@pytest.mark.parametrize("cameras", [{"rgb": 3}, {"front": 3, "wrist": 3}], ids=str)
+def test_the_images_history_may_be_shorter_than_the_states(cls: type[nn.Module], cameras: Mapping[str, int]) -> None:
+    """Of one camera, or of each of two."""
+    network, obs = small(cls, cameras), see(cameras)
+    for camera in cameras:
+        assert torch.equal(run(network, {**obs, camera: obs[camera][:, -1:]}), run(network, obs))
 
 
 @NETWORKS

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dppo_fast.kernels import mlp_chain as op
 from dppo_fast.networks.embed import SinusoidalPosEmb
 from dppo_fast.networks.eta import Eta, EtaAction, EtaFixed, EtaState, EtaStateAction
-from dppo_fast.policies.diffusion import DiffusionPolicy
+from dppo_fast.networks.vision import VisionDiffusionMLP, VitConfig
+from dppo_fast.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from dppo_fast.runtime.native import native
 from dppo_fast.types import NoiseStream, Obs, UserError
 from tests.small import ACTION_DIM, HORIZON, diffusion_policy, distance, observations, weights
@@ -50,6 +50,26 @@ def test_the_sampler_emits_what_the_update_computes(F: int, options: dict[str, A
     assert act.record["chain"][:, -1].equal(act.action)
     assert len(act.record["log_prob"].unique()) == B * F
     torch.testing.assert_close(act.record["log_prob"], rescored(policy, obs, act.record), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial_emb", [8, 0])
+def test_dropout_acts_in_imitation_alone(spatial_emb: int) -> None:
+    vit = VitConfig(patch_size=4, embed_dim=8, num_heads=2)
+    network = VisionDiffusionMLP(
+        action_dim=ACTION_DIM, horizon_steps=HORIZON, cond_dim=6, mlp_dims=[8, 8], dropout=0.5,
+        image_shapes={"rgb": (1, 3, 8, 8)}, backbone=vit, spatial_emb=spatial_emb, visual_feature_dim=8,
+    )  # fmt: skip
+    policy = DiffusionPolicy(network, DiffusionConfig(S, ft_denoising_steps=2), HORIZON, ACTION_DIM)
+    obs = {**observations(B), "rgb": torch.randint(0, 256, (B, 1, 3, 8, 8)).byte()}
+    before, draws = policy.act(obs), policy.cloning_draws(B)
+    assert len({policy.cloning_errors(obs, before.action, draws).mean().item() for _ in range(5)}) == 5
+    policy.noise.step = 0
+    after = policy.act(obs)
+    assert after.action.equal(before.action)
+    assert after.record["log_prob"].equal(before.record["log_prob"])
+    k = torch.ones(B, dtype=torch.int64)
+    log_prob = policy.log_prob(obs, policy.select(after.record, torch.arange(B), k), k)
+    torch.testing.assert_close(log_prob, after.record["log_prob"][:, 1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("learn", [False, True])
@@ -89,8 +109,10 @@ def test_the_base_policy_is_frozen_and_used_early() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_policy_without_fine_tuned_steps_acts(deterministic: bool) -> None:
-    policy = diffusion_policy(ft_denoising_steps=0)
+@pytest.mark.parametrize("options", [{}, DDIM])
+def test_a_policy_without_fine_tuned_steps_acts(options: dict[str, int], deterministic: bool) -> None:
+    """In the reference the plain model cannot sample, and evaluation with DDIM not stochastically."""
+    policy = diffusion_policy(ft_denoising_steps=0, **options)
     act = policy.act(observations(B), deterministic)
     assert act.action.shape == (B, HORIZON, ACTION_DIM)
     assert act.record == ({} if deterministic else {"action": act.action})
@@ -242,14 +264,13 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-def assert_follows(policy: DiffusionPolicy, changed: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_follows(policy: DiffusionPolicy, changed: Callable[[], object]) -> None:
     """The policy decides otherwise after ``changed``, and as one with the same weights that never decided before."""
     obs, noise = observations(B), policy.draw_noise(B, S + 1)
     before = policy.sample(obs, noise, score=True).points
     changed()
     after = policy.sample(obs, noise, score=True).points
     fresh = copy.deepcopy(policy)
-    monkeypatch.setattr(op, "_packs", {})
     expected = fresh.sample(obs, noise, score=True).points
     assert before is not None
     assert after is not None
@@ -260,24 +281,22 @@ def assert_follows(policy: DiffusionPolicy, changed: Callable[[], object], monke
 
 @pytest.mark.parametrize("network", ["actor", "actor_ft"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_decisions_follow_the_weights(
-    network: str, change: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decisions_follow_the_weights(network: str, change: Callable[[Any], object]) -> None:
     policy = diffusion_policy()
-    assert_follows(policy, lambda: change(getattr(policy, network)), monkeypatch)
+    assert_follows(policy, lambda: change(getattr(policy, network)))
 
 
 @pytest.mark.parametrize("network", ["actor", "actor_ft"])
 @pytest.mark.parametrize("name", [name for name, _ in diffusion_policy().actor.named_parameters()])
-def test_decisions_follow_every_weight(network: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decisions_follow_every_weight(network: str, name: str) -> None:
     policy = diffusion_policy()
     weight = getattr(policy, network).get_parameter(name).data
-    assert_follows(policy, lambda: weight.view(-1)[-1:].add_(0.5), monkeypatch)
+    assert_follows(policy, lambda: weight.view(-1)[-1:].add_(0.5))
 
 
-def test_decisions_follow_other_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decisions_follow_other_timesteps() -> None:
     policy = diffusion_policy()
-    assert_follows(policy, lambda: policy.schedule.timesteps.add_(1), monkeypatch)
+    assert_follows(policy, lambda: policy.schedule.timesteps.add_(1))
 
 
 def test_decisions_follow_weights_that_come_back() -> None:
