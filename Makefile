@@ -10,7 +10,9 @@ PIP = $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_
 
 # The stamp's name changes with what is installed, so that a finished `make venv` costs nothing.
 INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(sort $(wildcard csrc/*))
-STAMP := .venv/.installed-$(firstword $(shell cat $(INPUTS) | cksum))
+SUM := $(firstword $(shell cat $(INPUTS) | cksum))
+STAMP := .venv/.installed-$(SUM)
+SIMULATORS := .venv/.simulators-$(SUM)
 
 # Without an NVIDIA driver the CPU build of PyTorch is enough, where its index can be reached.
 CPU_WHEELS := https://download.pytorch.org/whl/cpu/
@@ -18,7 +20,7 @@ TORCH_INDEX = $(shell nvidia-smi >/dev/null 2>&1 || \
 	{ timeout 5 $(PY) -c 'import urllib.request as u; u.urlopen("$(CPU_WHEELS)", timeout=3)' 2>/dev/null \
 	&& echo --extra-index-url $(CPU_WHEELS); })
 
-.PHONY: help venv run test native lint types bench clean
+.PHONY: help venv simulators run test native lint types bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -26,10 +28,12 @@ help: ## list the targets
 
 venv: $(STAMP) ## make .venv with the package (editable), its C++ extension and the development tools
 
+simulators: $(SIMULATORS) ## add robosuite, for Robomimic's tasks (1.1 GB)
+
 run: venv ## fine-tune the shipped Hopper policy
 	$(PY) -m dppo_fast.train cfg=quickstart $(ARGS)
 
-test: venv ## run all tests
+test: simulators ## run all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
 
 native: venv ## build the C++ extension again, failing loudly
@@ -46,7 +50,7 @@ bench: venv ## run the microbenchmarks on the CPU (with a GPU, for CSV: python -
 	$(PY) -m pytest benchmarks/test_ops.py --benchmark-only -q $(ARGS)
 
 clean: ## remove build outputs and caches, keep .venv
-	rm -rf build dist *.egg-info dppo_fast/_native*.so .venv/.installed-*
+	rm -rf build dist *.egg-info dppo_fast/_native*.so .venv/.installed-* .venv/.simulators-*
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
@@ -62,3 +66,7 @@ $(STAMP): | .venv/bin/python
 	$(PIP) --no-build-isolation -e '.[dev]'
 	@$(PY) -c 'from dppo_fast.runtime.native import native; print("C++ extension:", "built" if native() else "not built")'
 	@rm -f .venv/.installed-* && touch $@
+
+$(SIMULATORS): $(STAMP)
+	$(PIP) --no-build-isolation -e '.[robomimic]'
+	@rm -f .venv/.simulators-* && touch $@

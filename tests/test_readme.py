@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dppo_fast.checkpoint import checkpoints, load_policy_weights
+from tests.data.conversions import robomimic
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "dppo_fast/assets/hopper-medium-v2/README.md"]
@@ -46,6 +47,8 @@ def shortened(command: str) -> list[str]:
     elif module == "benchmarks.iteration":
         arguments = ["--iterations", "1", *arguments]
         extra = [*TINY_RUN, *ONLINE]
+    elif module == "dppo_fast.evaluate":
+        extra = ["episodes=2", "num_envs=2", "mode=stochastic", "video=0"]
     elif module == "dppo_fast.latency":
         extra = ["calls=5", "warm_up=1"]
     elif module == "dppo_fast.train":
@@ -69,6 +72,7 @@ def prepare(folder: Path) -> None:
     network = {f"network.{name}": value for name, value in actor.items()}
     torch.save({"epoch": 3000, "model": network, "ema": network}, folder / "state_3000.pt")
     (folder / "normalization.npz").write_bytes((assets / "normalization.npz").read_bytes())
+    robomimic(folder / "low_dim.hdf5")
     run("python -m dppo_fast.train cfg=quickstart logdir=runs/my_run", folder)
     checkpoints(folder / "runs/my_run")[-1].unlink()
     (folder / "dppo_fast/assets/hopper-medium-v2").mkdir(parents=True)

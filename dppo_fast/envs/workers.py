@@ -190,7 +190,8 @@ class WorkerSimulator:
 
 def _work(connection: Connection, task_id: str, make: Callable[[int], Any], mine: Sequence[int]) -> None:
     """A worker's life: greet, receive the shared memory, do as told until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then closes the pipe
+    for name in (signal.SIGINT, signal.SIGUSR1):  # for the main process, which then closes the pipe
+        signal.signal(name, signal.SIG_IGN)
     try:
         envs = {i: make(i) for i in mine}
         env = envs[mine[0]]

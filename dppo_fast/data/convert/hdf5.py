@@ -46,7 +46,11 @@ def _names(group: Any) -> str:
 def rows(group: Any, key: str, first: int = 0, last: int | None = None, dims: int | None = None) -> NDArray[Any]:
     """Rows of a table of numbers. Raises UserError where it is absent, damaged, too short, or has not ``dims`` dims."""
     table = child(group, key)
-    if not hasattr(table, "dtype"):
+    try:
+        is_table = hasattr(table, "dtype")
+    except TypeError as error:
+        raise UserError(f"{table.name} holds what NumPy has no type for: {error}") from error
+    if not is_table:
         raise UserError(f"{table.name} is a group, of {', '.join(sorted(table))}; a table is needed")
     if dims is not None and table.ndim != dims:
         raise UserError(f"{table.name} has shape {list(table.shape)}; it must have {dims} dims")
