@@ -4,12 +4,14 @@
     python -m benchmarks.vs_reference --reference <checkout> --iteration --steps 50 --out vs.csv num_threads=2
 
 The reference's own model classes are imported from the checkout; they need torch, einops and hydra. First both sides
-have to agree on a chain from the same noise, its log-probs, and the loss and gradient of a minibatch. Then are timed:
+have to agree, in float32, on a chain from the same noise, its log-probs, and the loss and gradient of a minibatch. Then
+are timed:
 
 - ``sampling``: a chain for ``size`` observations. Ours comes with its log-probs, the reference's without.
 - ``decision``: the same, and the reference recomputes the log-probs: for many decisions at once, after the rollout, as
   its agent does (--log-prob-batch); each decision bears its share.
-- ``update``: a minibatch of ``size`` pairs: gather, loss, backward, both optimizers.
+- ``update``: a minibatch of ``size`` pairs, a quarter of the rollout's: gather, loss, backward, both optimizers. With
+  ``precision`` as configured, and, where that rounds gradients, as ``update fp32`` without.
 - ``iteration`` (--iteration): ``size`` decisions of every env, and all epochs over them in four minibatches each. The
   reference does it step by step as its agent does, in gymnasium's AsyncVectorEnv with a process per env, around the
   checkout's own wrappers; ours is an iteration of the Trainer.
@@ -48,6 +50,7 @@ from dppo_fast.cli import hydra_main
 from dppo_fast.config import plain
 from dppo_fast.envs import REFERENCE_IDS
 from dppo_fast.kernels.denoise_step import chunk_log_prob
+from dppo_fast.runtime.precision import RECIPES, Recipe
 from dppo_fast.trainer import Trainer
 from dppo_fast.types import Obs, UserError
 
@@ -86,24 +89,26 @@ class Sides:
         self.reference = reference
         self.algorithm = algorithm
         self.policy = algorithm.policy
+        self.recipe = algorithm.recipe
         self.device = algorithm.device
         self.obs_shape = tuple(obs_shape)
 
     def observations(self, batch: int) -> Obs:
         return {"state": torch.randn(batch, *self.obs_shape, device=self.device)}
 
-    def pairs(self, size: int) -> tuple[Rollout, Batch, Tensor, Tensor]:
-        """``size`` pairs (row, k) of decisions as either side keeps them, with the same chains."""
+    def pairs(self, size: int) -> tuple[Rollout, Batch, Tensor]:
+        """Decisions as either side keeps them, with the same chains, and ``size`` random ones of their pairs, which
+        are MINIBATCHES times as many; pair i is the fine-tuned step i % F of decision i // F.
+        """
         F = self.policy.ft_steps
-        M = math.ceil(size / F)
+        M = math.ceil(MINIBATCHES * size / F)
         obs = self.observations(M)
         act = self.policy.act(obs)
         chain, log_prob = (act.record[name].clone() for name in ("chain", "log_prob"))
         advantage, returns, value = torch.randn(3, M, device=self.device)
         rollout = Rollout(obs["state"], chain, self.reference.log_prob(obs, chain), returns, value, advantage)
         batch = Batch(obs, {"chain": chain, "log_prob": log_prob}, advantage, returns, value)
-        pair = torch.randperm(M * F, device=self.device)[:size]
-        return rollout, batch, pair // F, pair % F
+        return rollout, batch, torch.randperm(M * F, device=self.device)[:size]
 
     def disagreement(self, size: int = 256) -> dict[str, float]:
         """How far apart the sides are (`difference`), by what is compared."""
@@ -130,7 +135,8 @@ class Sides:
 
     def _learning_disagreement(self, size: int) -> dict[str, float]:
         """One minibatch each, with weights that have left those which sampled, so that ratios are not 1."""
-        rollout, batch, row, k = self.pairs(size)
+        rollout, batch, pair = self.pairs(size)
+        row, k = pair // self.policy.ft_steps, pair % self.policy.ft_steps
         actor, critic, model = self.policy.trained(), self.algorithm.critic, self.reference.model
         before = copy.deepcopy(actor.state_dict())
         move(actor)
@@ -159,14 +165,22 @@ class Sides:
         return lambda: self.reference.log_prob(obs, chain)
 
     def update(self, size: int) -> dict[str, Callable[[], Any]]:
-        rollout, batch, row, k = self.pairs(size)
-        self.algorithm.batch = batch
-        inputs = {"row": row, "k": k, "stop": torch.zeros((), device=self.device)}
-        return {
-            "reference": lambda: self.reference.minibatch(rollout, row, k, fix=False),
-            "fix": lambda: self.reference.minibatch(rollout, row, k, fix=True),
-            "ours": lambda: self.algorithm.learn(inputs, self.algorithm.due(0, 0)),
+        rollout, batch, pair = self.pairs(size)
+        algorithm, F, stop = self.algorithm, self.policy.ft_steps, torch.zeros((), device=self.device)
+        algorithm.batch = batch
+
+        def ours(recipe: Recipe) -> None:
+            algorithm.recipe = recipe
+            ordered = pair.sort().values  # as in PPO.update
+            algorithm.learn({"row": ordered // F, "k": ordered % F, "stop": stop}, algorithm.due(0, 0))
+
+        sides: dict[str, Callable[[], Any]] = {
+            "reference": lambda: self.reference.minibatch(rollout, pair // F, pair % F, fix=False),
+            "fix": lambda: self.reference.minibatch(rollout, pair // F, pair % F, fix=True),
+            "ours": partial(ours, self.recipe),
         }
+        rounded = self.recipe.backward != self.recipe.trained
+        return {**sides, "fp32": partial(ours, RECIPES["fp32"])} if rounded else sides
 
 
 def move(module: nn.Module, scale: float = 1e-3) -> None:
@@ -241,7 +255,10 @@ def rows(config: RunConfig, options: argparse.Namespace) -> Iterator[Row]:
             yield compared("iteration", options.steps, time_iterations(trainer, reference, envs, options.repeats))
             envs.close()
         for size in options.update:
-            yield compared("update", size, interleaved(sides.update(size), device, options.seconds))
+            seconds = interleaved(sides.update(size), device, options.seconds)
+            yield compared("update", size, seconds)
+            if "fp32" in seconds:
+                yield compared("update fp32", size, seconds | {"ours": seconds["fp32"]})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

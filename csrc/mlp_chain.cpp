@@ -46,10 +46,15 @@ struct Scratch {
   std::size_t stride;
   std::vector<float> x;
   AlignedFloats floats;
+  std::vector<std::uint32_t> used;
 
   // One cache line more than the width: rows a power of two apart would all fall into a few sets of the cache.
   Scratch(std::size_t rows, std::size_t actions, std::size_t width)
-      : rows(rows), stride(round_up(width, kLine) + kLine), x(rows * actions), floats(zeros((4 * rows + 1) * stride)) {}
+      : rows(rows),
+        stride(round_up(width, kLine) + kLine),
+        x(rows * actions),
+        floats(zeros((4 * rows + 1) * stride)),
+        used(std::max(actions, width)) {}
 
   Rows<float> buffer(std::size_t i) const { return {floats.get() + i * rows * stride, stride}; }
 };
@@ -120,7 +125,9 @@ void run(const std::vector<Segment>& segments, const ChainOptions& options, cons
     }
     for (std::size_t i = 0; i < segment.steps; ++i, ++k) {
       std::copy_n(segment.time + i * hidden, hidden, time);
-      denoise(chain, options, k, begin, end, (*segment.network)(rows, {x, actions}, time, readable(obs), h, a, u), x);
+      const Rows<const float> output =
+          (*segment.network)(rows, {x, actions}, time, readable(obs), h, a, u, scratch.used.data());
+      denoise(chain, options, k, begin, end, output, x);
     }
   }
 }
@@ -151,21 +158,24 @@ PackedMLP::Layer PackedMLP::packed(const Linear& layer) const {
   const std::size_t outputs = round_up(layer.outputs, simd_.lanes);
   AlignedFloats weights = zeros(layer.inputs * outputs), bias = zeros(outputs);
   if (layer.bias != nullptr) std::copy_n(layer.bias, layer.outputs, bias.get());
+  bool finite = true;
   for (std::size_t n = 0; n < layer.outputs; ++n) {
     const std::size_t start = n / simd_.panel * simd_.panel;
     const std::size_t panel = std::min(simd_.panel, outputs - start);
     float* const to = weights.get() + start * layer.inputs + (n - start);
     const float* const from = layer.weight + n * layer.weight_stride;
     for (std::size_t k = 0; k < layer.inputs; ++k) to[k * panel] = from[k];
+    finite = finite && std::all_of(from, from + layer.inputs, [](float weight) { return std::isfinite(weight); });
   }
-  return {layer.inputs, outputs, std::move(weights), std::move(bias)};
+  return {layer.inputs, outputs, std::move(weights), std::move(bias), finite};
 }
 
 Rows<const float> PackedMLP::operator()(std::size_t rows, Rows<const float> x, const float* time,
-                                        Rows<const float> obs, Rows<float> h, Rows<float> a, Rows<float> u) const {
+                                        Rows<const float> obs, Rows<float> h, Rows<float> a, Rows<float> u,
+                                        std::uint32_t* used) const {
   const auto linear = [&](const Layer& layer, const float* bias, Rows<const float> in, Rows<const float> add,
                           Rows<float> out) {
-    simd_.linear({layer.inputs, layer.outputs, layer.weights.get(), bias}, rows, in, add, out);
+    simd_.linear({layer.inputs, layer.outputs, layer.weights.get(), bias, layer.finite}, rows, in, add, out, used);
   };
   const auto activate = [&](const Layer& after, Rows<float> in, Rows<float> out) {
     for (std::size_t r = 0; r < rows; ++r) {

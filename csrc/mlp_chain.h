@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <optional>
@@ -36,9 +37,10 @@ class PackedMLP {
   std::size_t width() const { return width_; }  // of the widest layer, padded
 
   // The network on rows of x, given the rest of its first layer's sum, time + obs. `h`, `a` and `u` are scratch rows of
-  // `width` floats; the result is in one of them. Rows of time, obs and the scratch are aligned and padded.
+  // `width` floats; the result is in one of them. Rows of time, obs and the scratch are aligned and padded. `used` is
+  // scratch for `width` or, if these are more, `actions` numbers.
   Rows<const float> operator()(std::size_t rows, Rows<const float> x, const float* time, Rows<const float> obs,
-                               Rows<float> h, Rows<float> a, Rows<float> u) const;
+                               Rows<float> h, Rows<float> a, Rows<float> u, std::uint32_t* used) const;
 
  private:
   struct Layer {
@@ -46,6 +48,7 @@ class PackedMLP {
     std::size_t outputs;  // padded
     AlignedFloats weights;
     AlignedFloats bias;
+    bool finite;
   };
 
   Layer packed(const Linear& layer) const;

@@ -18,6 +18,7 @@ struct PackedLinear {
   std::size_t outputs;  // padded
   const float* weights;
   const float* bias;
+  bool finite;  // all weights are
 };
 
 // `rows` rows of floats, `stride` apart.
@@ -33,9 +34,11 @@ struct Simd {
   std::size_t panel;
 
   // out = in W^T + bias + add, where add is [rows, outputs] or null, and may be out. An element's sum runs over the
-  // inputs in their order, whatever the number of rows: a row's result does not depend on the rows it comes with.
+  // inputs in their order, whatever the number of rows: a row's result does not depend on the rows it comes with. The
+  // weights of a single row, which takes longer to load than to multiply, are skipped where the input is 0, as ReLU
+  // makes about half of them; `used` has room for the inputs' numbers.
   void (*linear)(const PackedLinear& layer, std::size_t rows, Rows<const float> in, Rows<const float> add,
-                 Rows<float> out);
+                 Rows<float> out, std::uint32_t* used);
 
   // out = activation(in) for `count` floats, a multiple of `lanes`; out may be in.
   void (*activate)(Activation activation, std::size_t count, const float* in, float* out);

@@ -35,12 +35,13 @@ typedef std::uint32_t Bits __attribute__((vector_size(kBytes)));
 Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
 const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
-// kTileVectors vectors of outputs for kTileRows rows.
+// kTileVectors vectors of outputs for kTileRows rows; a single row's from its inputs `used` [inputs] only.
 template <int kTileRows, int kTileVectors>
-void tile(std::size_t inputs, const float* weights, Rows<const float> in, const float* bias, Rows<const float> add,
-          Rows<float> out) {
+void tile(std::size_t inputs, const std::uint32_t* used, const float* weights, Rows<const float> in, const float* bias,
+          Rows<const float> add, Rows<float> out) {
   Vector sum[kTileRows][kTileVectors] = {};
-  for (std::size_t k = 0; k < inputs; ++k) {
+  for (std::size_t i = 0; i < inputs; ++i) {
+    const std::size_t k = kTileRows == 1 ? used[i] : i;
     const float* const w = weights + k * kTileVectors * kLanes;
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
@@ -87,16 +88,24 @@ Rows<Float> offset(Rows<Float> rows, std::size_t row, std::size_t column) {
   return {rows.data == nullptr ? nullptr : rows.data + row * rows.stride + column, rows.stride};
 }
 
-void linear(const PackedLinear& layer, std::size_t rows, Rows<const float> in, Rows<const float> add,
-            Rows<float> out) {
+void linear(const PackedLinear& layer, std::size_t rows, Rows<const float> in, Rows<const float> add, Rows<float> out,
+            std::uint32_t* used) {
   constexpr std::size_t kPanel = kVectors * kLanes;
+  std::size_t inputs = layer.inputs;
+  if (rows == 1) {
+    inputs = 0;
+    for (std::size_t k = 0; k < layer.inputs; ++k) {
+      used[inputs] = static_cast<std::uint32_t>(k);
+      inputs += in.data[k] != 0.0f || !layer.finite;
+    }
+  }
   const std::size_t tiles = (rows + kRows - 1) / kRows;
   for (std::size_t column = 0; column < layer.outputs; column += kPanel) {
     const std::size_t left = layer.outputs - column;
     const int vectors = static_cast<int>((left < kPanel ? left : kPanel) / kLanes);
     for (std::size_t i = 0; i < tiles; ++i) {
       const std::size_t row = i * rows / tiles, end = (i + 1) * rows / tiles;
-      tile_of(static_cast<int>(end - row), vectors)(layer.inputs, layer.weights + column * layer.inputs,
+      tile_of(static_cast<int>(end - row), vectors)(inputs, used, layer.weights + column * layer.inputs,
                                                     offset(in, row, 0), layer.bias + column, offset(add, row, column),
                                                     offset(out, row, column));
     }
@@ -211,7 +220,11 @@ std::uint64_t hash(std::uint64_t seed, std::size_t bytes, const void* in) {
   const auto* const from = static_cast<const unsigned char*>(in);
   Lanes lanes;
   std::size_t i = 0;
-  for (; i + kBlock <= bytes; i += kBlock) lanes.add(from + i);
+  for (; i + kBlock <= bytes; i += kBlock) {
+    constexpr std::size_t kLine = 64, kAhead = 1024;  // the hardware itself does not look beyond a page's end
+    for (std::size_t j = 0; j < kBlock; j += kLine) __builtin_prefetch(from + i + kAhead + j);
+    lanes.add(from + i);
+  }
   unsigned char rest[kBlock] = {};
   for (std::size_t j = 0; i + j < bytes; ++j) rest[j] = from[i + j];
   lanes.add(rest);

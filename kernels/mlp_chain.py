@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -25,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dppo_fast.kernels._dispatch import Backend, check_tensor, resolve
-from dppo_fast.kernels._memo import Memo
 from dppo_fast.kernels.denoise_step import Coefficients, chunk_log_prob, denoise_step, gaussian_log_density
 from dppo_fast.kernels.mlp_step import Precision, mlp_chain_triton
 from dppo_fast.runtime.native import native
@@ -49,7 +49,7 @@ class MLPStep:
 
     ``first`` [H, A]: the first layer's columns for x, possibly a view. ``layers``: weight [n_out, n_in] and bias
     [n_out] of each further layer; with ``residual`` two per block, then the last. No norms, and no activation after
-    the last layer.
+    the last layer. The weights are data: the C++ extension keeps its copy of them from the first time that it runs.
 
     Raises ValueError for an unknown activation or layers that do not fit together.
     """
@@ -74,6 +74,14 @@ class MLPStep:
         for i, ((weight, bias), (n_in, n_out)) in enumerate(zip(self.layers, pairwise(widths), strict=True)):
             check_tensor("MLPStep", f"layers[{i}] weight", weight, (n_out, n_in), (self.first.dtype,), device)
             check_tensor("MLPStep", f"layers[{i}] bias", bias, (n_out,), (self.first.dtype,), device)
+
+    @cached_property
+    def packed(self) -> Any:
+        """The weights as the extension reads them."""
+        module = native()
+        assert module is not None
+        layers = [(_matrix(self.first), None), *((_matrix(weight), _rows(bias)) for weight, bias in self.layers)]
+        return module.PackedMLP(layers, self.activation, self.residual)
 
     def __call__(self, x: Tensor, added: Tensor) -> Tensor:
         """x [B, A] and the rest of the first layer's sum [B, H] -> the network's output [B, A]."""
@@ -150,26 +158,6 @@ def mlp_chain_reference(
     return x, torch.stack(points[first:], 1), torch.stack(log_probs, 1)
 
 
-PACKS = 8
-_packs: dict[tuple[int, str, bool], Memo[Any]] = {}
-
-
-def _packed(network: MLPStep) -> Any:
-    """The network's weights as the extension reads them; the last PACKS networks' are kept."""
-    module = native()
-    assert module is not None
-
-    def pack() -> Any:
-        layers = [(_matrix(network.first), None), *((_matrix(weight), _rows(bias)) for weight, bias in network.layers)]
-        return module.PackedMLP(layers, network.activation, network.residual)
-
-    key = (network.first.data_ptr(), network.activation, network.residual)
-    memo = _packs[key] = _packs.pop(key, Memo())
-    if len(_packs) > PACKS:
-        del _packs[next(iter(_packs))]
-    return memo((network.first, *chain.from_iterable(network.layers)), pack)
-
-
 def _matrix(weight: Tensor) -> Any:
     return (weight if weight.stride(1) == 1 else weight.contiguous()).detach().numpy()
 
@@ -185,7 +173,7 @@ def _mlp_chain_native(
     assert module is not None
     first = std.shape[0] if options.first is None else options.first
     action, points, log_prob = module.mlp_chain(
-        [(_packed(part.network), _rows(part.time), _rows(part.obs)) for part in segments],
+        [(part.network.packed, _rows(part.time), _rows(part.obs)) for part in segments],
         *map(_rows, (noise, table, std)),
         *(math.inf if clip is None else clip for clip in (options.x0_clip, options.noise_clip, options.action_clip)),
         options.eps_clip,

@@ -27,8 +27,8 @@ class DenoisingNetwork(Protocol):
 
     def denoise(self, x: Tensor, time: Tensor, obs: Tensor) -> Tensor: ...
 
-    def step(self) -> MLPStep | None:
-        """``denoise`` as data, if the op `mlp_chain` can run it."""
+    def step(self, t: Tensor) -> tuple[MLPStep, Tensor] | None:
+        """``denoise`` as data and ``time_table(t)``, if the op `mlp_chain` can run them."""
         ...
 
 
@@ -96,11 +96,11 @@ def sample_chain(
         scoring: record the chain and its log-probs, which mean something for a stochastic chain only.
     """
     segments = [segment for segment in segments if segment.steps]
-    steps = [segment.network.step() for segment in segments]
+    steps = [segment.network.step(_timesteps(segment, schedule)) for segment in segments]
     if eta is None and None not in steps:
         table = schedule.deterministic_table if deterministic else schedule.table
         parts = [
-            MLPSegment(step, _times(segment, schedule), segment.network.encode_obs(obs), segment.precision)
+            MLPSegment(*step, segment.network.encode_obs(obs), segment.precision)
             for segment, step in zip(segments, steps, strict=True)
             if step is not None
         ]
@@ -143,7 +143,7 @@ def _step_by_step(
             points[:, 0] = x
     for segment in segments:
         network = segment.network
-        encoded, times = network.encode_obs(obs), _times(segment, schedule)
+        encoded, times = network.encode_obs(obs), network.time_table(_timesteps(segment, schedule))
         with matmul_precision(segment.precision):
             for k, time in zip(segment.steps, times, strict=True):
                 scored = k >= first
@@ -161,8 +161,8 @@ def _step_by_step(
     return Chain(x, points, log_prob)
 
 
-def _times(segment: Segment, schedule: NoiseSchedule) -> Tensor:
-    return segment.network.time_table(schedule.timesteps[segment.steps.start : segment.steps.stop])
+def _timesteps(segment: Segment, schedule: NoiseSchedule) -> Tensor:
+    return schedule.timesteps[segment.steps.start : segment.steps.stop]
 
 
 def _mlp_chain(

@@ -35,7 +35,7 @@ class Linear:
     def time_table(self, t: Tensor) -> Tensor:
         return t[:, None] / 100
 
-    def step(self) -> None:
+    def step(self, t: Tensor) -> None:
         return None
 
     def denoise(self, x: Tensor, time: Tensor, obs: Tensor) -> Tensor:
