@@ -125,11 +125,15 @@ py::array_t<float> keyed_normal(std::uint64_t seed, const py::array& env, const 
   return normals;
 }
 
-std::uint64_t digest(const std::vector<py::array>& arrays) {
+std::uint64_t digest(const std::vector<py::array>& arrays, std::size_t part, std::size_t parts) {
+  if (part >= parts) throw py::value_error("part is " + std::to_string(part) + " of " + std::to_string(parts));
+  constexpr py::ssize_t kSmall = 256 * 1024;
   std::uint64_t result = arrays.size();
   for (const py::array& array : arrays) {
     const py::array rows = py::array::ensure(array, py::array::c_style);
-    result = dppo_fast::simd_levels().front()->hash(result, static_cast<std::size_t>(rows.nbytes()), rows.data());
+    const bool whole = rows.nbytes() <= kSmall;
+    result = dppo_fast::simd_levels().front()->hash(result, static_cast<std::size_t>(rows.nbytes()), rows.data(),
+                                                    whole ? 0 : part, whole ? 1 : parts);
   }
   return result;
 }
@@ -240,7 +244,9 @@ PYBIND11_MODULE(_native, module) {
              "Discounted sums [T, N], float64, of float32 or float64 rewards.");
   module.def("keyed_normal", &keyed_normal, py::arg("seed"), py::arg("env"), py::arg("step"), py::arg("draws"),
              py::arg("size"), "Standard normals [draws, B, size], float32, for int64 env and step [B].");
-  module.def("digest", &digest, py::arg("arrays"), "A 64-bit hash of what the arrays hold, of any dtype and layout.");
+  module.def("digest", &digest, py::arg("arrays"), py::arg("part") = 0, py::arg("parts") = 1,
+             "A 64-bit hash of what the arrays hold, of any dtype and layout; of those larger than 256 KiB, one of "
+             "several parts, each of which has blocks from everywhere.");
   module.attr("simd_levels") = py::tuple(py::cast(simd_names()));
   py::class_<dppo_fast::PackedMLP>(module, "PackedMLP", "A copy of an MLP's weights, laid out for mlp_chain.")
       .def(py::init(&packed_mlp), py::arg("layers"), py::arg("activation"), py::arg("residual"),

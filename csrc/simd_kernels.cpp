@@ -215,16 +215,17 @@ struct Lanes {
   }
 };
 
-std::uint64_t hash(std::uint64_t seed, std::size_t bytes, const void* in) {
-  constexpr std::size_t kBlock = 4 * kBytes;
+std::uint64_t hash(std::uint64_t seed, std::size_t bytes, const void* in, std::size_t part, std::size_t parts) {
+  constexpr std::size_t kBlock = 4 * kBytes, kLine = 64, kAhead = 4;
   const auto* const from = static_cast<const unsigned char*>(in);
+  const std::size_t blocks = bytes / kBlock, stride = parts * kBlock;
   Lanes lanes;
-  std::size_t i = 0;
-  for (; i + kBlock <= bytes; i += kBlock) {
-    constexpr std::size_t kLine = 64, kAhead = 1024;  // the hardware itself does not look beyond a page's end
-    for (std::size_t j = 0; j < kBlock; j += kLine) __builtin_prefetch(from + i + kAhead + j);
-    lanes.add(from + i);
+  for (std::size_t i = part; i < blocks; i += parts) {
+    const auto* const block = from + i * kBlock;
+    for (std::size_t j = 0; j < kBlock; j += kLine) __builtin_prefetch(block + kAhead * stride + j);
+    lanes.add(block);
   }
+  std::size_t i = blocks * kBlock;
   unsigned char rest[kBlock] = {};
   for (std::size_t j = 0; i + j < bytes; ++j) rest[j] = from[i + j];
   lanes.add(rest);
