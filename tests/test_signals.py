@@ -20,13 +20,20 @@ ROOT = Path(__file__).parent.parent
 ENDLESS = [*DPPO, "env.backend=gymnasium", "train.n_train_itr=100000", "train.save_freq=100000", "train.val_freq=0"]
 
 
+def heed_ctrl_c() -> None:
+    """A command in the background of a script is started with SIGINT ignored, and would hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def started(*arguments: str, first: str = " 2/") -> Iterator[subprocess.Popen[str]]:
     """A run in a process of its own, once it has printed a line with ``first``, as in ``[     2/100000]``."""
     command = [sys.executable, "-m", "dppo_fast.train", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_ctrl_c
+    ) as process:
         assert process.stdout is not None
         try:
             next(line for line in process.stdout if first in line.replace("[", " "))

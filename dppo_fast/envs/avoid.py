@@ -1,7 +1,7 @@
 """D3IL avoid in MuJoCo, with a boom in the Panda's place (see `dppo_fast.envs.avoid_task`).
 
 The boom tracks 96 recorded demonstrations of the Panda, given their desired positions alone, with an rms error of
-6.4 mm (median 4.5 mm, 95th percentile 11 mm), where the lag of the Panda itself is 26 mm.
+6.4 mm (median 4.2 mm, 95th percentile 11 mm), where the lag of the Panda itself is 26 mm.
 """
 
 from __future__ import annotations

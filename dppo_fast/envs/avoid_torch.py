@@ -2,7 +2,7 @@
 
 Table, rules and equations of motion are the same, integrated in steps of 5 ms in place of 1 ms; a collision takes the
 rod out of the obstacle at once, without rebound, where MuJoCo's contact is soft. Along the scripted demonstrations,
-which collide with nothing, the rod stays within 1 mm of MuJoCo's.
+which collide with nothing, the rod is 0.9 mm (rms) from MuJoCo's and never more than 3 mm.
 """
 
 from __future__ import annotations
