@@ -246,7 +246,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("size"), "Standard normals [draws, B, size], float32, for int64 env and step [B].");
   module.def("digest", &digest, py::arg("arrays"), py::arg("part") = 0, py::arg("parts") = 1,
              "A 64-bit hash of what the arrays hold, of any dtype and layout; of those larger than 256 KiB, one of "
-             "several parts, each of which has blocks from everywhere.");
+             "several parts, each of which has pages from everywhere.");
   module.attr("simd_levels") = py::tuple(py::cast(simd_names()));
   py::class_<dppo_fast::PackedMLP>(module, "PackedMLP", "A copy of an MLP's weights, laid out for mlp_chain.")
       .def(py::init(&packed_mlp), py::arg("layers"), py::arg("activation"), py::arg("residual"),

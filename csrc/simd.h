@@ -43,8 +43,8 @@ struct Simd {
   // out = activation(in) for `count` floats, a multiple of `lanes`; out may be in.
   void (*activate)(Activation activation, std::size_t count, const float* in, float* out);
 
-  // A hash of bytes at any address, as fast as they come from memory; of their blocks, only every `parts`th from
-  // `part` on.
+  // A hash of bytes at any address, as fast as they come from memory; of their pages of 4 KiB, only every `parts`th
+  // from `part` on.
   std::uint64_t (*hash)(std::uint64_t seed, std::size_t bytes, const void* in, std::size_t part, std::size_t parts);
 };
 

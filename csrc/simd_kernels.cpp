@@ -216,14 +216,17 @@ struct Lanes {
 };
 
 std::uint64_t hash(std::uint64_t seed, std::size_t bytes, const void* in, std::size_t part, std::size_t parts) {
-  constexpr std::size_t kBlock = 4 * kBytes, kLine = 64, kAhead = 4;
+  constexpr std::size_t kBlock = 4 * kBytes, kLine = 64, kPage = 4096, kPerPage = kPage / kBlock;
   const auto* const from = static_cast<const unsigned char*>(in);
-  const std::size_t blocks = bytes / kBlock, stride = parts * kBlock;
+  const std::size_t blocks = bytes / kBlock;
   Lanes lanes;
-  for (std::size_t i = part; i < blocks; i += parts) {
-    const auto* const block = from + i * kBlock;
-    for (std::size_t j = 0; j < kBlock; j += kLine) __builtin_prefetch(block + kAhead * stride + j);
-    lanes.add(block);
+  for (std::size_t page = part * kPerPage; page < blocks; page += parts * kPerPage) {
+    const std::size_t end = page + kPerPage < blocks ? page + kPerPage : blocks;
+    for (std::size_t i = page; i < end; ++i) {
+      const auto* const block = from + i * kBlock;
+      for (std::size_t j = 0; j < kBlock; j += kLine) __builtin_prefetch(block + parts * kPage + j);
+      lanes.add(block);
+    }
   }
   std::size_t i = blocks * kBlock;
   unsigned char rest[kBlock] = {};

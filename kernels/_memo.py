@@ -21,7 +21,7 @@ class Memo(Generic[T]):
 
     What autograd's version counters count is seen at once. Fused optimizers, ``.data`` and NumPy change tensors without
     telling them, so the bytes are looked at too, by a hash as fast as memory is read: all of a tensor of up to 256 KiB;
-    of a larger one, which takes as long to read as a decision takes, every PARTS-th block, at each call another one.
+    of a larger one, which takes as long to read as a decision takes, every PARTS-th page, at each call another one.
     So a step of any optimizer, or whatever else changes a tensor as a whole, is seen at once as well; a few numbers
     written into a large matrix behind autograd's back, PARTS - 1 calls later at the latest.
 
@@ -39,15 +39,16 @@ class Memo(Generic[T]):
     def __call__(self, tensors: Sequence[Tensor], compute: Callable[[], T]) -> T:
         """What ``compute`` gives, which must depend on ``tensors`` alone; the first decides where they are."""
         first = tensors[0]
-        readable = first.dtype == torch.float32 and first.device.type == "cpu" and not torch.is_grad_enabled()
-        if not readable or resolve("memo", first.device, ("reference", "native")) == "reference":
+        if first.dtype != torch.float32 or first.device.type != "cpu" or torch.is_grad_enabled():
             return compute()
-        module = native()
-        assert module is not None
         layout = [(x.data_ptr(), 0 if x.is_inference() else x._version, x.dtype, x.shape, x.stride()) for x in tensors]
         known, arrays, digests, value = self._kept
         part = self._part = (self._part + 1) % PARTS
-        if layout != known or module.digest(arrays, part, PARTS) != digests[part]:
+        module = native()
+        if module is None or layout != known or module.digest(arrays, part, PARTS) != digests[part]:
+            if resolve("memo", first.device, ("reference", "native")) == "reference":
+                return compute()
+            assert module is not None
             arrays = [tensor.detach().numpy() for tensor in tensors]
             digests = [module.digest(arrays, i, PARTS) for i in range(PARTS)]
             value = compute()
