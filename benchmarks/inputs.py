@@ -29,7 +29,8 @@ NOISE_CLIP = 3.0
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a run. ``rows`` are (decision, denoising step) pairs in a minibatch; ``layers`` hidden layers of
-    ``width`` in the denoising network, whose observation goes through ``encoder`` first.
+    ``width`` in the denoising network, whose observation goes through ``encoder`` first. The task's U-Net starts with
+    ``channels`` over ``unet_Th`` steps.
     """
 
     T: int
@@ -45,6 +46,8 @@ class Shape:
     critic_width: int = 256
     encoder: tuple[int, ...] = ()
     K: int = 20
+    channels: int = 64
+    unet_Th: int = 4
 
     @property
     def chunk(self) -> int:
@@ -63,12 +66,12 @@ class Shape:
 
 HOPPER = Shape(T=500, N=40, Do=11, Th=4, Da=3, S=20, F=10, rows=50000, width=512)
 SHAPES = {
-    "tiny": Shape(T=3, N=2, Do=3, Th=2, Da=2, S=3, F=2, rows=8, width=8, critic_width=8, K=3),
+    "tiny": Shape(T=3, N=2, Do=3, Th=2, Da=2, S=3, F=2, rows=8, width=8, critic_width=8, K=3, channels=16),
     "hopper": HOPPER,
     "square": Shape(T=400, N=50, Do=23, Th=4, Da=7, S=20, F=10, rows=10000, width=1024, encoder=(512, 64)),
     "furniture": Shape(
         T=88, N=1000, Do=58, Th=8, Da=10, S=5, F=5, rows=17600, width=1024, layers=7, critic_width=512,
-        encoder=(512, 64), K=100,
+        encoder=(512, 64), K=100, unet_Th=16,
     ),
     "envs4096": replace(HOPPER, N=4096),
 }  # fmt: skip
@@ -156,6 +159,18 @@ def chain_ppo_loss_arguments(shape: Shape, device: torch.device) -> Arguments:
 def value_loss_arguments(shape: Shape, device: torch.device) -> Arguments:
     value, returns, old_value = torch.randn(3, shape.rows, device=device)
     return {"value": value, "returns": returns, "old_value": old_value, "clip": 0.2}
+
+
+def norm_act_film_arguments(shape: Shape, device: torch.device) -> Arguments:
+    """What follows a first convolution in the U-Net's update."""
+    weight, bias = torch.randn(2, shape.channels, device=device)
+    return {
+        "x": torch.randn(shape.rows, shape.channels, shape.unet_Th, device=device),
+        "weight": weight,
+        "bias": bias,
+        "film": torch.randn(shape.rows, 2 * shape.channels, device=device),
+        "groups": 8,
+    }
 
 
 def mlp_chain_arguments(shape: Shape, device: torch.device) -> Arguments:

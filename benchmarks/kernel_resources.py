@@ -31,6 +31,7 @@ from dppo_fast.kernels.denoise_step import Bounds, NoiseKey, Score, sampling_ste
 from dppo_fast.kernels.gae import gae
 from dppo_fast.kernels.mlp_chain import ChainOptions, MLPSegment, MLPStep
 from dppo_fast.kernels.mlp_step import mlp_chain_triton
+from dppo_fast.kernels.norm_act_film import norm_act_film
 from dppo_fast.kernels.philox import keyed_normal
 from dppo_fast.kernels.ppo_loss import chain_ppo_loss, ppo_loss, value_loss
 
@@ -51,6 +52,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     for T in (16, 500):
         number, flag = torch.zeros(T, 40), torch.zeros(T, 40, dtype=torch.bool)
         yield f"gae, T = {T}", partial(gae, number, number, number, sample, flag, flag, 0.99, 0.95, **ON_TRITON)
+    for name, C, L, groups in (("Square", 64, 4, 8), ("Furniture", 256, 4, 8), ("largest group", 63, 31, 1)):
+        yield f"{name}: norm_act_film", norm_act_film_call(40, C, L, groups, trained(40, 2 * C))
+    yield "Furniture: norm_act_film, no FiLM", norm_act_film_call(40, 64, 16, 8, None)
     for B in (40, 4096):
         yield f"Hopper: mlp_chain, B = {B}", mlp_chain_call(B, 12)
 
@@ -78,6 +82,12 @@ def chain_calls(B: int, Th: int, Da: int, F: int = 10) -> Iterator[tuple[str, Ca
     arguments = eps, x, x, sample, sample, k, schedule.table, torch.zeros(F), torch.ones(F), 0.1, Th, 1.0
     yield "chain_ppo_loss", partial(chain_ppo_loss, *arguments, **ON_TRITON)
     yield "keyed_normal", partial(keyed_normal, 2**40, ids, ids, F + 1, Th * Da, **ON_TRITON)
+
+
+def norm_act_film_call(B: int, C: int, L: int, groups: int, film: Tensor | None) -> Callable[[], object]:
+    """Forward and backward."""
+    x, weight, bias = trained(B, C, L), trained(C), trained(C)
+    return lambda: torch.autograd.backward(norm_act_film(x, weight, bias, film, groups, **ON_TRITON).sum())
 
 
 def mlp_chain_call(B: int, A: int, H: int = 512) -> Callable[[], object]:

@@ -25,6 +25,7 @@ from dppo_fast.kernels.chain_log_prob import chain_log_prob
 from dppo_fast.kernels.denoise_step import sampling_step
 from dppo_fast.kernels.gae import gae
 from dppo_fast.kernels.mlp_chain import mlp_chain
+from dppo_fast.kernels.norm_act_film import norm_act_film
 from dppo_fast.kernels.philox import keyed_normal
 from dppo_fast.kernels.ppo_loss import chain_ppo_loss, ppo_loss, value_loss
 from dppo_fast.kernels.reward_scaling import discounted_sum
@@ -225,6 +226,14 @@ OPS = {
         tests="tests/kernels/test_ppo_loss.py",
         own_backends=("reference", "triton"),
         wrt=("value",),
+    ),
+    "norm_act_film": Op(
+        norm_act_film,
+        inputs.norm_act_film_arguments,
+        flops=lambda s: 60 * s.rows * s.channels * s.unet_Th,
+        tests="tests/kernels/test_norm_act_film.py",
+        own_backends=("reference", "triton"),
+        wrt=("x", "weight", "bias", "film"),
     ),
     "mlp_chain": Op(
         mlp_chain,

@@ -14,22 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dppo_fast.kernels.norm_act_film import norm_act_film
 from dppo_fast.networks.embed import SinusoidalPosEmb, activation
 from dppo_fast.networks.mlp import ResidualMLP
 from dppo_fast.types import Obs, UserError
 
 
-def conv_block(
-    n_in: int, n_out: int, kernel_size: int, n_groups: int | None, groupnorm_eps: float, activation_type: str
-) -> nn.Sequential:
-    """Convolution, [GroupNorm], activation: [B, n_in, L] -> [B, n_out, L]."""
-    block = nn.Sequential(
-        nn.Conv1d(n_in, n_out, kernel_size, padding=kernel_size // 2),
-        nn.Identity(),  # a reshape in the reference, which counts in the parameter names
-        nn.GroupNorm(n_groups, n_out, groupnorm_eps) if n_groups else nn.Identity(),
-        activation(activation_type),
-    )
-    return nn.Sequential(OrderedDict(block=block))
+class ConvBlock(nn.Module):
+    """Convolution, [GroupNorm], activation, [FiLM]: [B, n_in, L] -> [B, n_out, L]."""
+
+    def __init__(
+        self, n_in: int, n_out: int, kernel_size: int, n_groups: int | None, groupnorm_eps: float, activation_type: str
+    ) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv1d(n_in, n_out, kernel_size, padding=kernel_size // 2),
+            nn.Identity(),  # a reshape in the reference, which counts in the parameter names
+            nn.GroupNorm(n_groups, n_out, groupnorm_eps) if n_groups else nn.Identity(),
+            activation(activation_type),
+        )
+        self.groups, self.eps, self.activation_type = n_groups or 1, groupnorm_eps, activation_type
+
+    def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:
+        """``film`` [B, n_out] is added to each channel; of [B, 2 n_out] the first half multiplies it before."""
+        conv, _, norm, _ = self.block
+        weight, bias = (norm.weight, norm.bias) if isinstance(norm, nn.GroupNorm) else (None, None)
+        return norm_act_film(conv(x), weight, bias, film, self.groups, self.eps, self.activation_type)
 
 
 class ResidualBlock1D(nn.Module):
@@ -73,13 +83,8 @@ class ResidualBlock1D(nn.Module):
         """x [B, n_in, L], film [B, film_dim] -> [B, n_out, L]."""
         for layer in list(self.cond_encoder)[self.position + 1 :]:
             film = layer(film)
-        h = self.blocks[0](x)
-        if self.cond_predict_scale:
-            scale, bias = film.unsqueeze(-1).chunk(2, dim=1)
-            h = torch.addcmul(bias, scale, h)
-        else:
-            h = h + film.unsqueeze(-1)
-        out: Tensor = self.blocks[1](h) + self.residual_conv(x)
+        first, second = self.blocks
+        out: Tensor = second(first(x, film)) + self.residual_conv(x)
         return out
 
 
@@ -151,7 +156,7 @@ class Unet1D(nn.Module):
         self.cond_dims = [time_dim, visual_dim + (cond_mlp_dims[-1] if cond_mlp_dims else cond_dim)]
 
         conv = partial(
-            conv_block,
+            ConvBlock,
             kernel_size=kernel_size,
             n_groups=n_groups,
             groupnorm_eps=groupnorm_eps,

@@ -75,6 +75,29 @@ def test_every_parameter_takes_part(arguments: dict[str, Any]) -> None:
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def output_and_gradients(network: Unet1D) -> list[Tensor]:
+    x, t, obs = inputs()
+    out = network(x.requires_grad_(), t, obs)
+    return [out.detach(), *torch.autograd.grad(out.square().mean(), [x, *network.parameters()])]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"n_groups": 4, "cond_predict_scale": True}, {"n_groups": 2, "smaller_encoder": True, "kernel_size": 3}],
+    ids=str,
+)
+def test_blocks_are_one_op_on_every_backend(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    network = small(**arguments)
+    monkeypatch.setenv("DPPO_FAST_BACKEND", "reference")
+    expected = output_and_gradients(network)
+    monkeypatch.setenv("DPPO_FAST_BACKEND", "triton")
+    monkeypatch.setattr(torch, "group_norm", None)
+    for ours, plain in zip(output_and_gradients(network), expected, strict=True):
+        scale = plain.abs().max()
+        torch.testing.assert_close(ours / scale, plain / scale, rtol=0, atol=1e-5)
+
+
 class Seeing(Unet1D):
     """Sees a number besides the state."""
 
