@@ -14,6 +14,7 @@ without kernels, graphs and rounding, and ``report --plain`` tells how often suc
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -74,7 +75,8 @@ def report(runs: list[Path], fault: Path | None, plain: list[Path], results: Pat
     for folder in [*runs, *plain, *([fault] if fault else [])]:
         csv = results / f"hopper_{folder.name}.csv"
         shutil.copy(folder / "metrics.csv", csv)
-        evaluations = {row["env_steps"]: row["eval/return"] for row in read_metrics(csv) if "eval/return" in row}
+        table = [(row["env_steps"], row.get("eval/return", math.nan)) for row in read_metrics(csv)]
+        evaluations = {steps: value for steps, value in table if math.isfinite(value)}
         returns[folder] = evaluations
         best = max(evaluations, key=lambda steps: evaluations[steps])
         first = next((steps for steps, value in evaluations.items() if value >= GATE), None)

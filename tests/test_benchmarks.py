@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import iteration, plot, run, timing
 from benchmarks.inputs import SHAPES
-from benchmarks.learning import enclosed
+from benchmarks.learning import enclosed, report
 from benchmarks.reference import IteratedAtOnce, advantages, load, vectorised_discount
 from benchmarks.registry import OPS, Op, tensors
 from benchmarks.report import ROOT, environment, read_csv, write_csv
@@ -185,6 +185,24 @@ def test_both_ratios_are_given() -> None:
 def test_a_mean_is_enclosed_where_other_runs_lie_on_both_sides() -> None:
     runs = [{0.0: 1.0, 1.0: 5.0, 2.0: 9.0}, {0.0: 3.0, 1.0: 5.0}]
     assert enclosed(runs, [{0.0: 1.0, 1.0: 6.0}, {0.0: 2.0, 1.0: 7.0, 2.0: 9.0}]) == (1, 2)
+
+
+def test_the_verdict_on_learning_comes_from_evaluations_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    returns = {"fast0": (1000, 2900), "plain0": (1100, 2850), "plain1": (900, 2950), "fault": (1000, 9)}
+    for name, (first, last) in returns.items():
+        (tmp_path / name).mkdir()
+        rows = [f"0,0,{first}", "1,80000,", f"2,160000,{last}"]
+        (tmp_path / name / "metrics.csv").write_text("\n".join(["iteration,env_steps,eval/return", *rows, ""]))
+    fast, *plain, fault = (tmp_path / name for name in returns)
+    assert report([fast], fault, plain, tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "fast0: 1000 -> 2900 at 160,000 env steps; passes 2800 at 160,000 env steps" in printed
+    assert "fault: 1000 -> 1000 at 0 env steps; never reaches 2800" in printed
+    assert "at 2 of 2 evaluations" in printed
+    assert report([fast], plain[0], plain[1:], tmp_path) == 1
+    assert report([fault], None, plain, tmp_path) == 1
 
 
 def test_difference_is_relative_to_the_largest_number() -> None:
