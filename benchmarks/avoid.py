@@ -24,19 +24,19 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from benchmarks.report import write_csv
+from benchmarks.stages import stages
 from dppo_fast.build import RunConfig, env_config, load_policy, parse, start_policy
 from dppo_fast.cli import guarded
-from dppo_fast.collect import main as collect
 from dppo_fast.data.scripted.avoid import SUBSETS
 from dppo_fast.envs import ChunkEnv, make_env
 from dppo_fast.envs.avoid_task import MODES, sides_of
 from dppo_fast.log import read_metrics
 from dppo_fast.plot_avoid import draw_trajectories
 from dppo_fast.policies.base import Policy
-from dppo_fast.train import main as train
 from dppo_fast.types import NoiseStream
 
 METHODS = {"diffusion": "DPPO", "gaussian": "Gaussian PPO", "gmm": "GMM PPO"}
+DEMONSTRATIONS = ("scripted=avoid", "options.subset=m1", "num_envs=8", "steps=800")
 PRETRAINING = (
     "train.n_train_itr=600",
     "train.val_freq=0",
@@ -50,16 +50,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def run(methods: Sequence[str], out: Path, seed: int, pretraining: Sequence[str], finetuning: Sequence[str]) -> int:
-    """Demonstrations, pre-training and fine-tuning; what is there already is not done again."""
-    folder, shared = out / "demonstrations", [f"seed={seed}", f"data.folder={out / 'demonstrations'}"]
+    """Demonstrations, unless they are there, and pre-training and fine-tuning of every method on them."""
     code = 0
-    if not folder.is_dir():
-        code = collect(["scripted=avoid", "options.subset=m1", "num_envs=8", "steps=800", f"out={folder}"])
     for method in methods:
-        pretrained, name = out / f"{method}_pretrained", f"{method}_mlp"
-        code = code or train([f"cfg=d3il/pretrain/avoid_m1/pre_{name}", *shared, *pretraining, f"logdir={pretrained}"])
-        arguments = [f"cfg=d3il/finetune/avoid_m1/ft_ppo_{name}", *shared, f"policy.checkpoint={pretrained}"]
-        code = code or train([*arguments, *finetuning, f"logdir={out / method}"])
+        code = code or stages(
+            out / "demonstrations",
+            out / method,
+            DEMONSTRATIONS,
+            [f"cfg=d3il/pretrain/avoid_m1/pre_{method}_mlp", f"seed={seed}", *pretraining],
+            [f"cfg=d3il/finetune/avoid_m1/ft_ppo_{method}_mlp", f"seed={seed}", *finetuning],
+        )
     return code
 
 

@@ -59,7 +59,7 @@ def learning_curve(metrics: Path, png: Path) -> None:
             axes.plot(*evaluation, color=_COLOURS[0], marker="o", markersize=3, label="evaluation")
             axes.fill_between(*spread, color=_COLOURS[0], alpha=0.15, linewidth=0, label=name)
         if training.size or evaluation.size:
-            _label_returns(axes)
+            _label(axes, "return")
         else:
             axes.plot(*loss, color=_COLOURS[0])
             axes.set(xlabel="epoch", ylabel="behaviour-cloning loss", yscale="log")
@@ -71,7 +71,7 @@ def learning_curves(
     """Compare groups of runs: ``runs`` maps a label to metrics files, usually one per seed.
 
     Each run is a thin line over environment steps; a group's mean is a thick one, over the steps that all of its runs
-    cover. ``gate`` is a return to be reached, drawn as a level line.
+    cover. ``gate`` is a value to be reached, drawn as a level line.
 
     Raises:
         UserError: a file is unreadable, or has no finite ``key``.
@@ -86,8 +86,8 @@ def learning_curves(
         if gate is not None:
             axes.axhline(gate, color="0.3", linewidth=1, linestyle="--")
             axes.margins(y=0.1)
-            axes.text(0.01, gate, f"gate {gate:,.0f}", transform=axes.get_yaxis_transform(), color="0.3", va="bottom")
-        _label_returns(axes)
+            axes.text(0.01, gate, f"gate {gate:,g}", transform=axes.get_yaxis_transform(), color="0.3", va="bottom")
+        _label(axes, key.rpartition("/")[2].replace("_", " "))
 
 
 @contextmanager
@@ -102,8 +102,8 @@ def _axes(png: Path, title: str) -> Iterator[Axes]:
             figure.savefig(file, format="png")
 
 
-def _label_returns(axes: Axes) -> None:
-    axes.set(xlabel="environment steps", ylabel="return")
+def _label(axes: Axes, quantity: str) -> None:
+    axes.set(xlabel="environment steps", ylabel=quantity)
     axes.xaxis.set_major_formatter(lambda steps, _: _steps(steps))
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.legend(loc="best")

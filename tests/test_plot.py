@@ -88,6 +88,15 @@ def test_the_mean_of_seeds_covers_what_all_cover(tmp_path: Path, drawn: list[Axe
     assert mean.get_label() == "dppo (2 seeds)"
 
 
+def test_another_quantity_and_its_gate(tmp_path: Path, drawn: list[Axes]) -> None:
+    rows = [{"iteration": i, "env_steps": 10 * i, "eval/success_rate": 0.5 * i, "eval/return": 7.0} for i in range(3)]
+    metrics = write(tmp_path / "metrics.jsonl", rows)
+    learning_curves({"dppo": [metrics]}, tmp_path / "curve.png", gate=0.95, key="eval/success_rate")
+    np.testing.assert_array_equal(drawn[0].lines[0].get_xydata(), [[0, 0], [10, 0.5], [20, 1]])
+    assert drawn[0].get_ylabel() == "success rate"
+    assert drawn[0].texts[0].get_text() == "gate 0.95"
+
+
 def test_nothing_to_draw_is_an_error_naming_the_file(tmp_path: Path) -> None:
     metrics = write(tmp_path / "metrics.jsonl", [{"iteration": 0, "lr/actor": 1.0}])
     with pytest.raises(UserError, match=r"metrics\.jsonl: no finite eval/return, train/return or loss/bc"):

@@ -22,6 +22,8 @@ from tests.configs.mapping import DIFFERENT, KEYS, REFERENCE, difference_table, 
 from tests.configs.stated import StatedEnv, stated_trajectories
 
 CPU = torch.device("cpu")
+RECORDED = ("asset:", "data/metaworld/")
+"""Where our own data lie: shipped, or recorded by the user."""
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ def test_the_files_that_they_name_are_published() -> None:
         path
         for name in config_names()
         for key in ("policy.checkpoint", "env.normalization", "data.path")
-        if (path := OmegaConf.select(composed(name), key)) and not path.startswith("asset:")
+        if (path := OmegaConf.select(composed(name), key)) and not path.startswith(RECORDED)
     }
     assert named - {"running", "none"} <= downloads._places().keys()
 
