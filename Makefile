@@ -20,7 +20,7 @@ TORCH_INDEX = $(shell nvidia-smi >/dev/null 2>&1 || \
 	{ timeout 5 $(PY) -c 'import urllib.request as u; u.urlopen("$(CPU_WHEELS)", timeout=3)' 2>/dev/null \
 	&& echo --extra-index-url $(CPU_WHEELS); })
 
-.PHONY: help venv simulators run test native lint types bench clean
+.PHONY: help venv simulators run test coverage native lint types bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -35,6 +35,9 @@ run: venv ## fine-tune the shipped Hopper policy
 
 test: simulators ## run all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+
+coverage: simulators ## run all tests and tell how much of dppo_fast and kernels they run
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope --cov $(ARGS)
 
 native: venv ## build the C++ extension again, failing loudly
 	DPPO_FAST_REQUIRE_NATIVE=1 $(PY) setup.py build_ext --inplace
@@ -51,7 +54,7 @@ bench: venv ## run the microbenchmarks on the CPU (with a GPU, for CSV: python -
 
 clean: ## remove build outputs and caches, keep .venv
 	rm -rf build dist *.egg-info dppo_fast/_native*.so .venv/.installed-* .venv/.simulators-*
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage*
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 .venv/bin/python:

@@ -1,38 +1,72 @@
-"""Mutation testing: python -m benchmarks.mutation [share=0.2] tells how many small faults the tests notice.
+"""Do the tests notice small faults?  python -m benchmarks.mutation [share=0.2] [module=kernels/gae.py]
 
-Every comparison, operator, number and condition of the modules below is changed, one at a time, in a copy of the
-repository; a mutant is killed when the tests beside it fail. Of the kernels that is the reference, their specification.
+Every operator, comparison, number and condition in the functions of `MODULES` is made wrong, one at a time, in a copy
+of the repository, where the tests beside it should fail then. Of the kernels that is the reference, their
+specification. A ``share`` is drawn with a fixed seed; without one all are tried and `results/mutation.csv` is written.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import multiprocessing
 import os
 import random
+import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.distributed.tensor
+from hypothesis import Phase, settings
+
+from benchmarks.report import environment, write_csv
 
 ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "mutation.csv"
+
 MODULES: dict[str, tuple[tuple[str, ...], str]] = {
     "kernels/ppo_loss.py": (
         ("exp_minus_one_minus", "ppo_loss_reference", "chain_ppo_loss_reference", "value_loss_reference"),
         "tests/kernels/test_ppo_loss.py -k 'not triton'",
     ),
-    "kernels/gae.py": (("gae_reference",), "tests/kernels/test_gae.py -k 'not triton'"),
-    "dppo_fast/diffusion/schedule.py": ((), "tests/diffusion"),
+    "kernels/gae.py": (("gae_reference",), "tests/kernels/test_gae.py -k 'reference and not both_kernels'"),
+    "dppo_fast/diffusion/schedule.py": (
+        (),
+        "tests/diffusion/test_schedule.py tests/diffusion/test_golden_diffusion.py tests/diffusion/test_sampler.py",
+    ),
+    "dppo_fast/optim.py": ((), "tests/test_optim.py tests/test_golden_optim.py"),
     "dppo_fast/advantage.py": ((), "tests/test_advantage.py"),
 }
-"""File -> its functions to change (none: all) and what tests them."""
-SWAPS: dict[type[ast.AST], type[ast.AST]] = {
+"""File -> its functions with faults (none: all) and what tests them."""
+
+NOTHING_CLIPPED = "the quantiles 0 and 1 clip nothing"
+EQUIVALENT: dict[str, str] = {
+    "return torch.where(x.abs() <= 0.05, series, torch.expm1(x) - x)": "at 0.05 both are as exact",
+    "return torch.zeros_like(self.table[:, 5])": "every column is as long",
+    "if eta.dim() > 1:": "it has no dims or three",
+    "nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm, foreach=False)": "the same, slower",
+    "if lower_quantile >= 0 or upper_quantile < 1:": NOTHING_CLIPPED,
+    "if lower_quantile > 0 or upper_quantile <= 1:": NOTHING_CLIPPED,
+    "if lower_quantile > 0 or upper_quantile < 2:": NOTHING_CLIPPED,
+}
+"""Faults that change nothing, as the line reads with them, and why."""
+
+SWAPS: dict[type[ast.AST], type[Any]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
     ast.Mult: ast.Div,
     ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
     ast.Pow: ast.Mult,
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -50,93 +84,131 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 
 
 def mutants(source: str, functions: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """Line and text of every mutant; annotations, docstrings and error messages stay as they are."""
+    """Line and text of every mutant; annotations, error messages and zip's strict, an assertion, stay as they are."""
     tree = ast.parse(source)
-    for number, node in enumerate(_changeable(tree, functions)):
+    for number, (line, _) in enumerate(_faults(tree, functions)):
         changed = copy.deepcopy(tree)
-        _change(list(_changeable(changed, functions))[number])
-        yield node.lineno, ast.unparse(changed)
+        list(_faults(changed, functions))[number][1]()
+        yield line, ast.unparse(changed)
 
 
-def _changeable(tree: ast.Module, functions: tuple[str, ...]) -> Iterator[ast.expr]:
+def _faults(tree: ast.Module, functions: tuple[str, ...]) -> Iterator[tuple[int, Callable[[], None]]]:
+    """The line of every fault, and what puts it there."""
     defs = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and (not functions or n.name in functions)]
-    for node in (node for function in defs for statement in function.body for node in _expressions(statement)):
-        operator = node.ops[0] if isinstance(node, ast.Compare) else getattr(node, "op", None)
-        number = isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float)
-        if type(operator) in SWAPS or isinstance(operator, ast.USub | ast.Not) or number:
-            yield node
+    for node in (node for function in defs for statement in function.body for node in _nodes(statement)):
+        match node:
+            case ast.Compare():
+                for i, operator in enumerate(node.ops):
+                    if type(operator) in SWAPS:
+                        yield node.lineno, partial(node.ops.__setitem__, i, SWAPS[type(operator)]())
+            case ast.BinOp() | ast.BoolOp() | ast.AugAssign() if type(node.op) in SWAPS:
+                yield node.lineno, partial(setattr, node, "op", SWAPS[type(node.op)]())
+            case ast.UnaryOp(op=ast.USub()):
+                yield node.lineno, partial(setattr, node, "op", ast.UAdd())
+            case ast.Constant(value=bool(value)):
+                yield node.lineno, partial(setattr, node, "value", not value)
+            case ast.Constant(value=int(value) | float(value)):
+                yield node.lineno, partial(setattr, node, "value", value + 1)
+            case ast.If() | ast.IfExp():
+                yield node.lineno, partial(setattr, node, "test", ast.UnaryOp(ast.Not(), node.test))
 
 
-def _expressions(node: ast.AST) -> Iterator[ast.expr]:
-    if isinstance(node, ast.Raise | ast.FunctionDef):
+def _nodes(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.Raise | ast.FunctionDef) or (isinstance(node, ast.keyword) and node.arg == "strict"):
         return
-    if isinstance(node, ast.expr):
-        yield node
+    yield node
     for name, child in ast.iter_fields(node):
         if name != "annotation":
             for part in child if isinstance(child, list) else [child]:
                 if isinstance(part, ast.AST):
-                    yield from _expressions(part)
+                    yield from _nodes(part)
 
 
-def _change(node: ast.expr) -> None:
-    if isinstance(node, ast.Compare):
-        node.ops[0] = SWAPS[type(node.ops[0])]()  # type: ignore[call-overload]
-    elif isinstance(node, ast.UnaryOp):
-        node.op = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()
-        if isinstance(node.op, ast.Not):
-            node.operand = ast.UnaryOp(ast.Not(), node.operand)
-    elif isinstance(node, ast.Constant):
-        assert isinstance(node.value, bool | int | float)
-        node.value = not node.value if isinstance(node.value, bool) else node.value + 1
-    else:
-        node.op = SWAPS[type(node.op)]()  # type: ignore[attr-defined]
+def survives(copied: Path, tests: str, write_bytecode: bool = False) -> bool:
+    """Whether the tests pass, in a process that starts with everything slow imported and nothing of the repository."""
+    process = multiprocessing.get_context("fork").Process(target=_test, args=(copied, tests, write_bytecode))
+    process.start()
+    process.join(timeout=300)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode == 0
 
 
-def survives(copied: Path, tests: str) -> bool:
-    command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {tests}"
-    environment = os.environ | {"PYTHONPATH": str(copied), "OMP_NUM_THREADS": "1", "DPPO_FAST_BACKEND": ""}
-    try:
-        done = subprocess.run(command, shell=True, cwd=copied, env=environment, capture_output=True, timeout=300)
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
+def _test(copied: Path, tests: str, write_bytecode: bool) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    sys.dont_write_bytecode = not write_bytecode  # it could be taken for the next fault's
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("benchmarks", "dppo_fast")]:
+        del sys.modules[name]
+    os.chdir(copied)
+    sys.path.insert(0, str(copied))
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copied)}
+    os.environ.pop("DPPO_FAST_BACKEND", None)
+    settings.register_profile("mutation", deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutation"]
+    os._exit(pytest.main([*options, *shlex.split(tests)]))
 
 
-def main(arguments: list[str]) -> int:
-    options = dict(argument.split("=", 1) for argument in arguments)
-    share = float(options.get("share", "1"))
-    total = killed = 0
+def results(share: float, module: str | None) -> Iterator[dict[str, Any]]:
     with TemporaryDirectory() as folder:
         copied = Path(folder) / "copy"
-        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__", "*.egg-info")
+        ignored = shutil.ignore_patterns(".*", "runs", "data", "log", "build", "__pycache__", "*.egg-info")
         shutil.copytree(ROOT, copied, symlinks=True, ignore=ignored)
         for name, (functions, tests) in MODULES.items():
-            if options.get("module", name) != name:
+            if module not in (None, name):
                 continue
-            file = copied / name
+            file, start = copied / name, perf_counter()
             original = file.read_text()
-            if not survives(copied, tests):
-                print(f"{name}: its tests fail without a fault")
-                return 1
+            if not survives(copied, tests, write_bytecode=True):
+                raise SystemExit(f"{name}: its tests fail without a fault")
             found = list(mutants(original, functions))
-            picked = random.Random(0).sample(found, round(share * len(found)))
-            alive = []
-            for line, text in picked:
+            killed = equivalent = 0
+            for line, text in random.Random(0).sample(found, round(share * len(found))):
                 file.write_text(text)
-                if survives(copied, tests):
-                    alive.append(line)
-                    print(f"  {name}:{line} survived: {_difference(original, text)}", flush=True)
+                changed = _difference(original, text)
+                if changed in EQUIVALENT:
+                    equivalent += 1
+                elif not survives(copied, tests):
+                    killed += 1
+                else:
+                    print(f"  {name}:{line} survived: {changed}", flush=True)
             file.write_text(original)
-            total, killed = total + len(picked), killed + len(picked) - len(alive)
-            print(f"{name}: {len(picked) - len(alive)} of {len(picked)} killed ({len(found)} in all)", flush=True)
-    print(f"{killed} of {total} killed, {killed / max(total, 1):.1%}")
-    return 0
+            tried = round(share * len(found))
+            yield {
+                "module": name,
+                "faults": len(found),
+                "tried": tried,
+                "equivalent": equivalent,
+                "killed": killed,
+                "score": killed / max(tried - equivalent, 1),
+                "seconds": perf_counter() - start,
+            }
 
 
 def _difference(original: str, mutant: str) -> str:
     before = ast.unparse(ast.parse(original)).splitlines()
     return next((new.strip() for old, new in zip(before, mutant.splitlines(), strict=True) if old != new), "nothing")
+
+
+def main(arguments: list[str]) -> int:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    options = dict(argument.split("=", 1) for argument in arguments)
+    share, module = float(options.get("share", "1")), options.get("module")
+    rows: list[dict[str, Any]] = []
+
+    def kept() -> Iterator[dict[str, Any]]:
+        for row in results(share, module):
+            rows.append(row)
+            yield row
+
+    whole = share == 1 and module is None
+    write_csv(kept(), environment(torch.device("cpu")), RESULT if whole else None)
+    killed, counted = (sum(row[key] for row in rows) for key in ("killed", "tried"))
+    counted -= sum(row["equivalent"] for row in rows)
+    print(f"{killed} of {counted} killed, {killed / max(counted, 1):.1%}")
+    return 0
 
 
 if __name__ == "__main__":

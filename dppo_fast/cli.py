@@ -108,7 +108,7 @@ def print_list(patterns: Sequence[str]) -> None:
 def config_source(arguments: Sequence[str]) -> list[str]:
     """Hydra's arguments for what ``cfg=<name or file>``, or else ``resume=<run>``, names.
 
-    Raises UserError for an unknown or missing name.
+    Raises UserError for an unknown or missing name, and for a file that is no YAML.
     """
     settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument and argument[0] != "-")
     name, run = settings.get("cfg"), settings.get("resume")
@@ -120,11 +120,23 @@ def config_source(arguments: Sequence[str]) -> list[str]:
         file = Path(name or f"{run}/config.yaml")
         if not file.is_file():
             raise UserError(f"cfg={name}: no such file; give one, or a name that --list shows")
+        _check_grammar(file)
         return ["--config-dir", str(file.parent.resolve()), "--config-name", file.stem]
     if name not in (names := config_names()):
         near = get_close_matches(name, names, n=3, cutoff=0.3)
         raise UserError(f"cfg={name} is unknown; nearest: {', '.join(near) or 'none'}; --list shows all")
     return ["--config-name", name]
+
+
+def _check_grammar(file: Path) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        OmegaConf.load(file)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file}: not a readable configuration: {' '.join(str(error).split())}") from error
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
@@ -151,7 +163,8 @@ def guarded(run: Callable[[], object]) -> int:
         return 2
     except (HydraException, OmegaConfBaseException) as error:
         parts = (getattr(error, "override", None), error, error.__cause__)
-        lines = dict.fromkeys(str(part).strip().splitlines()[0] for part in parts if part)
+        texts = (str(part).strip() for part in parts if part)
+        lines = dict.fromkeys(text.splitlines()[0] for text in texts if text)
         print(f"error: {'; '.join(lines)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:

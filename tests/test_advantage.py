@@ -63,13 +63,26 @@ def test_the_references_way_runs_into_the_next_episode(toy_rollout: RolloutBuffe
     torch.testing.assert_close(theirs[:2], ours[:2])
 
 
+def test_a_rollout_without_an_end() -> None:
+    buffer = rollout(gaussian_policy(), steps=1)
+    assert not buffer.final
+    result = estimate_advantages(buffer, TimeCritic(), buffer.reward, GAMMA, LAM)
+    torch.testing.assert_close(result.advantage[0], buffer.reward[0] + GAMMA * 5 - 1)
+
+
 def test_the_critic_sees_everything_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller ones where there are images."""
     value, obs = critic(), observations(10)
     whole = evaluate_critic(value, obs)
-    monkeypatch.setattr(module, "CRITIC_BATCH", 4)
     assert whole.shape == (10,)
-    torch.testing.assert_close(evaluate_critic(value, obs), whole)
     assert not whole.requires_grad
+    monkeypatch.setattr(module, "CRITIC_BATCH", 4)
+    monkeypatch.setattr(module, "IMAGE_CRITIC_BATCH", 3)
+    seen: list[int] = []
+    value.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]["state"])))
+    torch.testing.assert_close(evaluate_critic(value, obs), whole)
+    torch.testing.assert_close(evaluate_critic(value, obs | {"rgb": torch.zeros(10, 2)}), whole)
+    assert seen == [4, 4, 2, 3, 3, 3, 1]
 
 
 def test_values_are_without_dropout() -> None:
@@ -89,3 +102,12 @@ def test_normalising_and_clipping_to_quantiles() -> None:
     assert normalize_advantage(raw, False, 0.0, 1.0).equal(raw)
     bounds = raw.quantile(0.25), raw.quantile(0.75)
     assert normalize_advantage(raw, False, 0.25, 0.75).equal(raw.clamp(*bounds))
+    assert normalize_advantage(raw, False, 0.25, 1.0).equal(raw.clamp(min=bounds[0]))
+    assert normalize_advantage(raw, False, 0.0, 0.75).equal(raw.clamp(max=bounds[1]))
+
+
+def test_equal_advantages_are_not_blown_up() -> None:
+    tiny = torch.tensor([1e-8, -1e-8])
+    expected = tiny / (2**0.5 * 1e-8 + 1e-8)
+    torch.testing.assert_close(normalize_advantage(tiny, True, 0.0, 1.0), expected)
+    assert normalize_advantage(torch.ones(3), True, 0.0, 1.0).tolist() == [0.0] * 3

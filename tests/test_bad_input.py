@@ -138,6 +138,17 @@ def test_arguments(
 
 
 @pytest.mark.parametrize(
+    "content", [b"seed: [1\nx: }", b"seed: \xff", b"seed: \0", b"env:\n &id: a", b"seed: ${x", b"3"]
+)
+def test_a_file_that_is_no_configuration(
+    content: bytes, fails_with: FailsWith, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("config") / "mine.yaml"
+    file.write_bytes(content)
+    fails_with(lambda: train(f"cfg={file}"), r"mine\.yaml: not a readable configuration: ")
+
+
+@pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
         # kinds of value

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import warnings
@@ -24,6 +25,7 @@ from omegaconf import OmegaConf
 
 from dppo_fast.build import parse
 from dppo_fast.checkpoint import Checkpoint, CheckpointError, ReferenceCheckpoint, load_policy_weights
+from dppo_fast.cli import config_source
 from dppo_fast.data.convert.hdf5 import opened, rows
 from dppo_fast.data.trajectories import Trajectories
 from dppo_fast.envs.normalize import MinMax
@@ -86,11 +88,9 @@ def load_hdf5(path: Path) -> None:
 
 
 def load_config(path: Path) -> None:
-    """As `dppo_fast.cli` does, whose errors in the file's grammar end in one line too."""
-    try:
-        node = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(str(error)) from error
+    """As `dppo_fast.cli` does; what Hydra would do between is left out."""
+    config_source([f"cfg={path}"])
+    node = OmegaConf.load(path)
     parse(node if OmegaConf.is_dict(node) else {})
 
 
@@ -135,7 +135,7 @@ def test_damaged_bytes(name: str, tmp_path: Path) -> None:
     load(path)
     content, rng = path.read_bytes(), np.random.default_rng(0)
     refused = 0
-    for number in range(INPUTS // len(LOADERS)):
+    for number in range(math.ceil(INPUTS / len(LOADERS))):
         damaged = mutated(content, rng)
         path.write_bytes(damaged)
         try:

@@ -71,6 +71,17 @@ def test_is_adamw() -> None:
     assert distance(trainable.parameters, twins) < 1e-6
 
 
+def test_on_a_cpu_the_rate_is_a_number_and_no_gradients_take_no_memory() -> None:
+    """A tensor, which a CUDA graph could read, costs a CPU's step time."""
+    trainable = Trainable(parameters(), 1.0, CYCLE)
+    (group,) = trainable.optimizer.param_groups
+    assert isinstance(group["lr"], float)
+    assert not group["capturable"]
+    set_gradients(trainable)
+    trainable.zero_grad()
+    assert all(parameter.grad is None for parameter in trainable.parameters)
+
+
 @pytest.mark.parametrize("max_norm", [None, 1.0, 1e3])
 def test_gradients_are_clipped_by_their_common_norm(max_norm: float | None) -> None:
     trainable = Trainable(parameters(), 1.0, CYCLE, max_grad_norm=max_norm)

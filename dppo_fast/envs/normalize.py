@@ -120,7 +120,7 @@ class MinMax(Normalization):
         sizes = {"obs_min": obs_dim, "obs_max": obs_dim, "action_min": action_dim, "action_max": action_dim}
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in sizes if key in file}
+                arrays: dict[str, Any] = {key: np.asarray(file[key]) for key in sizes if key in file}
         except FileNotFoundError:
             raise UserError(f"env.normalization={path}: no such file; give an npz file, none or running") from None
         except Exception as error:  # damaged bytes make zipfile, its decompressors and NumPy raise a dozen types

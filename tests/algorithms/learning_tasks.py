@@ -75,15 +75,21 @@ def demonstrations() -> Trajectories:
     )
 
 
-@cache
-def _pretrained() -> DiffusionPolicy:
-    """On the demonstrations."""
+def untrained() -> DiffusionPolicy:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = DiffusionMLP(2, 1, cond_dim=1, time_dim=8, mlp_dims=(64, 64, 64))
     options = DiffusionConfig(denoising_steps=8, min_sampling_denoising_std=0.05, final_action_clip_value=1.0)
     policy = DiffusionPolicy(network, options, 1, 2)
     policy.generator = seeded(1)
+    return policy
+
+
+@cache
+def pretrained() -> DiffusionPolicy:
+    """On the demonstrations."""
+    policy = untrained()
+    network = policy.actor
     action = torch.from_numpy(demonstrations().actions)[:, None]
     obs, steps = {"state": torch.zeros(len(action), 1, 1)}, 400
     adam = torch.optim.Adam(network.parameters(), 1e-2, fused=True)
@@ -98,7 +104,7 @@ def _pretrained() -> DiffusionPolicy:
 
 def diffusion(ft_steps: int = 0, cls: type[DiffusionPolicy] = DiffusionPolicy, **options: Any) -> DiffusionPolicy:
     """A policy of class ``cls`` that samples the four modes about equally often."""
-    start = _pretrained()
+    start = pretrained()
     config = DiffusionConfig(**vars(start.config) | {"ft_denoising_steps": ft_steps} | options)
     policy = cls(copy.deepcopy(start.actor), config, 1, 2)
     policy.generator, policy.noise = seeded(1), NoiseStream(2)

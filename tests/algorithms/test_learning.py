@@ -100,7 +100,7 @@ def test_learns_to_choose_the_best_mode(name: str) -> None:
     assert after > before + MARGIN, (before, after)
 
 
-def small_trainer(name: str, run: Path) -> Trainer:
+def small_trainer(name: str, run: Path, environment: type[Modes] = Modes) -> Trainer:
     """One that begins with its algorithm's first iteration in environments."""
     learner = LEARNERS[name]
     cls, schema = ALGORITHMS[name.partition("-")[0]]
@@ -108,17 +108,18 @@ def small_trainer(name: str, run: Path) -> Trainer:
     parts = task_parts(learner.policy(), learner.n_steps, 16)
     algorithm = cls.build(schema(**learner.options), parts)
     parts.policy.generator = parts.generator
-    env = Modes(16, learner.reward)
+    env = environment(16, learner.reward)
     trainer = Trainer(algorithm, TrainConfig(), run, parts.generator, collector(env, algorithm.actor))
     trainer.iteration = learner.options.get("n_offline_itr", 0)
     return trainer
 
 
-def iterate(trainer: Trainer) -> None:
-    trainer._collect(deterministic=False)
-    trainer._update(trainer.iteration)
+def iterate(trainer: Trainer) -> dict[str, float]:
+    """The metrics."""
+    row = trainer._collect(deterministic=False) | trainer._update(trainer.iteration)
     trainer.algorithm.step_schedules(trainer.iteration)
     trainer.iteration += 1
+    return row
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNERS if not name.startswith("rwr")])

@@ -66,6 +66,11 @@ def grouped(path: Path) -> None:
     altered(path, lambda file: file.create_dataset("actions/x", data=np.ones(3)))
 
 
+def strangely_named(path: Path) -> None:
+    replaced(path, "actions", None)
+    altered(path, lambda file: file.create_group(b"\xff"))
+
+
 def lacking(path: Path) -> None:
     with path.open("wb") as file:
         np.savez(file, states=np.ones((3, 2)))
@@ -106,6 +111,8 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any], list[str], str]] = {
         [],
         r"actions has dtype \|S1; numbers are needed",
     ),
+    "d4rl: a type": ("d4rl", lambda path: replaced(path, "actions", np.dtype("f8")), [], "a table is needed"),
+    "d4rl: a name in no encoding": ("d4rl", strangely_named, [], r"has no readable 'actions'; it holds .*b'\\xff'"),
     "d4rl: a group": ("d4rl", grouped, [], "/actions is a group, of x; a table is needed"),
     "d4rl: NaN": (
         "d4rl",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,14 @@ def test_a_file_that_does_not_fit_is_refused(change: Callable[[Arrays], Any], me
     np.savez(tmp_path / "broken.npz", **arrays)
     with pytest.raises(UserError, match=rf"broken\.npz: {message}"):
         MinMax.load(tmp_path / "broken.npz", 3, 2)
+
+
+def test_a_member_that_is_no_array_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "odd.npz", "w") as archive:
+        for name in bounds():
+            archive.writestr(name, b"text")
+    with pytest.raises(UserError, match=r"odd\.npz: obs_min has shape \(\), expected \(3,\)"):
+        MinMax.load(tmp_path / "odd.npz", 3, 2)
 
 
 def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:

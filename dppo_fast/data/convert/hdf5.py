@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from dppo_fast.data.convert.stream import require
 from dppo_fast.types import UserError
 
+FAULTS = KeyError, OSError, RuntimeError, TypeError, ValueError
+"""What h5py raises where a file's bytes are damaged."""
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
@@ -32,14 +35,14 @@ def child(group: Any, key: str) -> Any:
     """``group[key]``. Raises UserError where it is absent."""
     try:
         return group[key]
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
+    except FAULTS as error:
         raise UserError(f"{group.name} has no readable {key!r}; it holds {_names(group)}") from error
 
 
 def _names(group: Any) -> str:
     try:
-        return ", ".join(sorted(group)) or "nothing"
-    except (OSError, RuntimeError, ValueError):
+        return ", ".join(sorted(map(str, group))) or "nothing"
+    except FAULTS:
         return "nothing that can be listed"
 
 
@@ -47,16 +50,16 @@ def rows(group: Any, key: str, first: int = 0, last: int | None = None, dims: in
     """Rows of a table of numbers. Raises UserError where it is absent, damaged, too short, or has not ``dims`` dims."""
     table = child(group, key)
     try:
-        is_table = hasattr(table, "dtype")
-    except TypeError as error:
+        is_table = hasattr(table, "dtype") and hasattr(table, "ndim")
+    except FAULTS as error:
         raise UserError(f"{table.name} holds what NumPy has no type for: {error}") from error
     if not is_table:
-        raise UserError(f"{table.name} is a group, of {', '.join(sorted(table))}; a table is needed")
+        raise UserError(f"{table.name} is a group, of {_names(table)}; a table is needed")
     if dims is not None and table.ndim != dims:
         raise UserError(f"{table.name} has shape {list(table.shape)}; it must have {dims} dims")
     try:
         values = np.asarray(table[first:last])
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except FAULTS as error:
         raise UserError(f"{table.name} is damaged: {error}") from error
     if last is not None and len(values) != last - first:
         raise UserError(f"{table.name} has {table.shape[0]} rows, and needs {last} or more")
