@@ -8,7 +8,6 @@ specification. A ``share`` is drawn with a fixed seed; without one all are tried
 from __future__ import annotations
 
 import ast
-import copy
 import multiprocessing
 import os
 import random
@@ -85,9 +84,8 @@ SWAPS: dict[type[ast.AST], type[Any]] = {
 
 def mutants(source: str, functions: tuple[str, ...]) -> Iterator[tuple[int, str]]:
     """Line and text of every mutant; annotations, error messages and zip's strict, an assertion, stay as they are."""
-    tree = ast.parse(source)
-    for number, (line, _) in enumerate(_faults(tree, functions)):
-        changed = copy.deepcopy(tree)
+    for number, (line, _) in enumerate(_faults(ast.parse(source), functions)):
+        changed = ast.parse(source)
         list(_faults(changed, functions))[number][1]()
         yield line, ast.unparse(changed)
 
