@@ -37,7 +37,7 @@ test: simulators ## run all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
 
 coverage: simulators ## run all tests and tell how much of dppo_fast and kernels they run
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope --cov $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --cov -n $(WORKERS) --dist loadscope $(ARGS)
 
 native: venv ## build the C++ extension again, failing loudly
 	DPPO_FAST_REQUIRE_NATIVE=1 $(PY) setup.py build_ext --inplace

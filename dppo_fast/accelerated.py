@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dppo_fast.advantage import normalize_advantage
-from dppo_fast.algorithms.dppo import DPPOConfig, chain_policy_loss, step_tables
 from dppo_fast.diffusion.likelihood import denoising_errors, predict
 from dppo_fast.diffusion.sampler import Chain
 from dppo_fast.kernels.denoise_step import LOG_PROB_RANGE, chunk_log_prob, posterior_mean
@@ -279,6 +278,8 @@ def _loss(
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, float, float, float, Tensor | int, float]:
     """Policy, entropy and value loss, clip fraction, approx_kl, ratio, behaviour-cloning loss, eta."""
+    from dppo_fast.algorithms.dppo import DPPOConfig, chain_policy_loss, step_tables  # needed for training alone
+
     policy, config, seen = fast.policy(model), DPPOConfig(**_settings(model, DPPOConfig)), fast.obs(obs)
     policy.reward_horizon = min(reward_horizon, policy.horizon_steps)
     bc_loss: Tensor | int = 0
