@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
-from benchmarks.mutation import EQUIVALENT, MODULES, ROOT, mutants, survives
+from benchmarks.mutation import EQUIVALENT, MODULES, ROOT, mutants
 
 SOURCE = '''
 LIMIT = 3
@@ -43,6 +45,11 @@ def test_what_is_called_equivalent_is_there() -> None:
 
 
 def test_tests_that_fail_kill(tmp_path: Path) -> None:
+    """In an interpreter of its own, because `survives` forks: a child of this one inherits what earlier tests left."""
     for name, holds in {"good": True, "bad": False}.items():
         (tmp_path / f"test_{name}.py").write_text(f"def test() -> None:\n    assert {holds}\n")
-        assert survives(tmp_path, f"test_{name}.py") == holds
+    asked = "import sys; from pathlib import Path; from benchmarks.mutation import survives"
+    told = "print([survives(Path(sys.argv[1]), name) for name in sys.argv[2:]])"
+    command = [sys.executable, "-c", f"{asked}; {told}", str(tmp_path), "test_good.py", "test_bad.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[True, False]\n"
