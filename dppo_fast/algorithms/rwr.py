@@ -70,6 +70,7 @@ class RWR(OnlineAlgorithm):
         self.actor = self.policy = parts.policy
         self.generator = parts.generator
         self.recipe = parts.recipe
+        self.on_host = parts.device.type == "cpu"
         self.buffer: RolloutBuffer = RolloutBuffer(parts.n_steps, parts.num_envs, parts.device)
         self.weight = torch.zeros(parts.n_steps * parts.num_envs, device=parts.device)
         self.trainable = Trainable(
@@ -85,39 +86,59 @@ class RWR(OnlineAlgorithm):
         return self.buffer.num_steps
 
     def update(self, iteration: int) -> Metrics:
-        """Learn from the decisions whose episodes ended, where there are any."""
-        rows = self.finished()
-        learned = self.regress(rows) if len(rows) else {}
-        return {**learned, "rwr/decisions": len(rows), "lr/actor": self.trainable.schedule.lr}
+        """Several epochs of minibatches of the decisions whose episodes ended, where there are any.
+
+        A GPU's host does not wait for how many those are: minibatches beyond them change nothing.
+        """
+        c, finished = self.config, self.finished()
+        size = finished.sum()
+        length = int(size) if self.on_host else len(finished)
+        self.weigh(finished)
+        total, steps = torch.zeros((), device=size.device), torch.zeros((), device=size.device)
+        for _ in range(c.update_epochs if length else 0):
+            order = self.shuffled(finished)[:length]
+            for start in range(0, max(length - c.batch_size, 0) + 1, c.batch_size):
+                rows = order[start : start + c.batch_size]
+                counted = torch.arange(start, start + len(rows), device=rows.device) < size
+                stop = 1 - (counted.all() if start else counted.any()).float()
+                inputs = {"rows": rows, "counted": counted, "stop": stop, **self.policy.cloning_draws(len(rows))}
+                total += torch.where(stop > 0, 0, self.learn(inputs, None))
+                steps += 1 - stop
+        return {
+            "loss/actor": total / steps.clamp(min=1),
+            "rwr/weight": self.weight.sum() / size.clamp(min=1),
+            "rwr/decisions": size,
+            "lr/actor": self.trainable.schedule.lr,
+        }
 
     def finished(self) -> Tensor:
-        """The rows [M] of the decisions to learn from."""
+        """Which decisions to learn from, [T N] bool."""
         over = self.buffer.terminated | self.buffer.truncated
         ends = (over & self.buffer.valid).float()
-        return reward_to_go(ends, over, gamma=1.0).flatten().nonzero().squeeze(-1)
+        return (reward_to_go(ends, over, gamma=1.0) > 0).flatten()
 
-    def regress(self, rows: Tensor) -> Metrics:
-        """Several epochs of minibatches over ``rows`` [M]."""
+    def weigh(self, finished: Tensor) -> None:
+        """Set the weights of the ``finished`` decisions [T N], and 0 for the others."""
         c, buffer = self.config, self.buffer
-        returns = reward_to_go(buffer.reward, buffer.terminated | buffer.truncated, c.gamma).flatten()[rows]
-        self.weight[rows] = exponential_weights(standardised(returns), c.beta, c.max_reward_weight)
-        losses, stop = [], torch.zeros((), device=rows.device)
-        for _ in range(c.update_epochs):
-            order = rows[torch.randperm(len(rows), generator=self.generator, device=rows.device)]
-            for start in range(0, max(len(rows) - c.batch_size, 0) + 1, c.batch_size):
-                batch = order[start : start + c.batch_size]
-                inputs = {"rows": batch, "stop": stop, **self.policy.cloning_draws(len(batch))}
-                losses.append(self.learn(inputs, None).clone())
-        return {"loss/actor": torch.stack(losses).mean(), "rwr/weight": self.weight[rows].mean()}
+        returns = reward_to_go(buffer.reward, buffer.terminated | buffer.truncated, c.gamma).flatten()
+        weight = exponential_weights(standardised(returns, finished), c.beta, c.max_reward_weight)
+        self.weight.copy_(torch.where(finished, weight, 0))
+
+    def shuffled(self, finished: Tensor) -> Tensor:
+        """All rows [T N], the ``finished`` ones first, in random order."""
+        order = torch.randperm(len(finished), generator=self.generator, device=finished.device)
+        return order[(~finished[order]).byte().argsort(stable=True)]
 
     def _learn(self, inputs: Mapping[str, Tensor], _: None) -> Tensor:
-        """One step on a minibatch, and its loss."""
-        rows, buffer = inputs["rows"], self.buffer
+        """One step on a minibatch, and its loss; what is not ``counted`` is replaced by the first row."""
+        counted, buffer = inputs["counted"], self.buffer
+        rows = torch.where(counted, inputs["rows"], inputs["rows"][:1])
         obs = {name: value.flatten(0, 1)[rows] for name, value in buffer.obs.items()}
         action = buffer.record["action"].flatten(0, 1)[rows]
+        weight = self.weight[rows] * counted * (len(rows) / counted.sum().clamp(min=1))
         self.trainable.zero_grad()
         with matmul_precision(self.recipe.trained):
-            loss = weighted_loss(self.policy, obs, action, self.weight[rows], inputs)
+            loss = weighted_loss(self.policy, obs, action, weight, inputs)
             loss.backward()  # type: ignore[no-untyped-call]
         self.trainable.step(inputs["stop"])
         return loss.detach()
@@ -152,6 +173,9 @@ def reward_to_go(reward: Tensor, over: Tensor, gamma: float) -> Tensor:
     return gae(reward, zero, zero, zero[0], over, torch.zeros_like(over), gamma, 1.0)[1]
 
 
-def standardised(returns: Tensor) -> Tensor:
-    """Less their mean, over their std."""
-    return (returns - returns.mean()) / (returns.std(correction=0) + STD_FLOOR)
+def standardised(returns: Tensor, counted: Tensor) -> Tensor:
+    """Less the mean, over the std, of those that are ``counted`` (bool)."""
+    size = counted.sum().clamp(min=1)
+    mean = torch.where(counted, returns, 0).sum() / size
+    variance = torch.where(counted, returns - mean, 0).square().sum() / size
+    return (returns - mean) / (variance.sqrt() + STD_FLOOR)

@@ -47,6 +47,10 @@ def rwr(policy: Policy, **config: Any) -> RWR:
     return algorithm
 
 
+def rows_of(algorithm: RWR) -> Tensor:
+    return algorithm.finished().nonzero().squeeze(-1)
+
+
 @pytest.mark.parametrize("case", DIFFUSION)
 def test_loss_of_a_diffusion_policy(case: Case) -> None:
     policy = golden_policy(case.cfg, case.tensors("w/"))
@@ -101,8 +105,11 @@ def test_weights(case: Case) -> None:
     reward, over = case.tensor("rewards"), case.tensor("firsts")[1:] > 0
     to_go = reward_to_go(reward, over, float(case["gamma"]))
     returns = torch.cat([to_go[start : end + 1, env] for env, start, end in case["episodes_env_start_end"]])
-    TABLE.check(standardised(returns), case["returns_normalized"])
-    scores = standardised(returns).float()
+    counted = torch.ones_like(returns, dtype=torch.bool)
+    TABLE.check(standardised(returns, counted), case["returns_normalized"])
+    among = torch.cat([returns, torch.full((3,), torch.nan)])
+    torch.testing.assert_close(standardised(among, among.isfinite())[:-3], standardised(returns, counted))
+    scores = standardised(returns, counted).float()
     FORWARD.check(exponential_weights(scores, float(case["beta"]), float(case["max"])), case["weight"])
 
 
@@ -122,7 +129,7 @@ def test_episodes_of_one_decision_count_and_unfinished_ones_do_not() -> None:
     buffer.terminated[0, 0] = buffer.truncated[3, 1] = buffer.terminated[7, 2] = True
     expected = torch.zeros(8, 4, dtype=torch.bool)
     expected[:1, 0] = expected[:4, 1] = expected[:8, 2] = True
-    assert torch.equal(algorithm.finished(), expected.flatten().nonzero().squeeze(-1))
+    assert torch.equal(algorithm.finished(), expected.flatten())
 
 
 @both
@@ -137,9 +144,7 @@ def test_episodes_of_a_failing_simulator_are_left_out(make: Callable[[], Policy]
         buffer.valid[2, 0] = False
         buffer.invalid = True
         buffer.record["action"][2, 0] = garbage
-        rows = algorithm.finished()
-        assert 2 * 4 not in rows
-        assert 1 * 4 in rows
+        assert algorithm.finished()[[1 * 4, 2 * 4]].tolist() == [True, False]
         algorithm.update(0)
         learned.append(weights(policy))
     assert distance(*learned) == 0
@@ -148,7 +153,7 @@ def test_episodes_of_a_failing_simulator_are_left_out(make: Callable[[], Policy]
 def test_decisions_with_unknown_ends_are_not_learned_from() -> None:
     """Their actions are replaced by garbage."""
     algorithm = rwr(gaussian_policy())
-    kept = torch.zeros(32, dtype=torch.bool).index_fill(0, algorithm.finished(), True)
+    kept = algorithm.finished()
     assert 0 < kept.sum() < 32
     algorithm.buffer.record["action"].flatten(0, 1)[~kept] = torch.nan
     algorithm.update(0)
@@ -162,7 +167,7 @@ def test_an_iteration_without_an_end_changes_nothing() -> None:
     before = weights(algorithm.policy)
     metrics = algorithm.update(0)
     assert metrics["rwr/decisions"] == 0
-    assert "loss/actor" not in metrics
+    assert metrics["loss/actor"] == 0
     assert distance(before, weights(algorithm.policy)) == 0
 
 
@@ -172,7 +177,7 @@ def test_every_epoch_visits_every_decision_but_an_incomplete_last_minibatch() ->
     learn = algorithm.learn.function
     algorithm.learn.function = lambda inputs, key: visited.append(inputs["rows"]) or learn(inputs, key)
     algorithm.update(0)
-    rows = algorithm.finished()
+    rows = rows_of(algorithm)
     per_epoch = len(rows) // 6
     assert len(rows) % 6
     assert len(visited) == 3 * per_epoch
@@ -186,7 +191,7 @@ def test_every_epoch_visits_every_decision_but_an_incomplete_last_minibatch() ->
 def test_better_decisions_become_likelier(make: Callable[[], Policy]) -> None:
     policy = make()
     algorithm = rwr(policy, update_epochs=40, beta=3.0, lr_scheduler=LRConfig(min_lr=1e-2), batch_size=32)
-    buffer, rows = algorithm.buffer, algorithm.finished()
+    buffer, rows = algorithm.buffer, rows_of(algorithm)
     start = copy.deepcopy(policy)
     algorithm.update(0)
     best, worst = rows[algorithm.weight[rows].argsort()][[-1, 0]]
@@ -220,12 +225,51 @@ def test_gradient_steps_can_be_captured(make: Callable[[], Policy]) -> None:
     algorithm.update(1)
 
 
+@both
+@pytest.mark.parametrize("ends", [(0, 0), (1, 0), (8, 4)], ids=["no episode ended", "one", "all"])
+def test_no_waiting_inside_an_update(
+    make: Callable[[], Policy], ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the host of a GPU, whose tensors the C++ ops are not for."""
+    monkeypatch.setenv("DPPO_FAST_BACKEND", "reference")
+    algorithm = rwr(make())
+    end_episodes(algorithm, *ends)
+    algorithm.on_host = False
+    with no_host_sync():
+        metrics = algorithm.update(0)
+    assert all(torch.isfinite(torch.as_tensor(value)) for value in metrics.values())
+
+
+@pytest.mark.parametrize("ends", [(0, 0), (1, 1), (2, 2), (3, 3), (5, 4), (8, 4)])
+@pytest.mark.parametrize("batch_size", [1, 6, 8, 100])
+def test_what_a_gpu_learns_is_what_a_cpu_learns(ends: tuple[int, int], batch_size: int) -> None:
+    """Whose minibatches end with the decisions to learn from; others hold garbage."""
+    learned = []
+    for on_host in (True, False):
+        algorithm = rwr(gaussian_policy(), batch_size=batch_size)
+        end_episodes(algorithm, *ends)
+        algorithm.buffer.record["action"].flatten(0, 1)[~algorithm.finished()] = torch.nan
+        algorithm.on_host = on_host
+        metrics = algorithm.update(0)
+        learned.append(weights(algorithm.policy) + [torch.as_tensor(value).float() for value in metrics.values()])
+    torch.testing.assert_close(*learned)
+
+
+def end_episodes(algorithm: RWR, step: int, envs: int) -> None:
+    """The first ``envs`` envs have one episode each, of ``step`` decisions; of the others nothing is known."""
+    algorithm.buffer.terminated.zero_()
+    algorithm.buffer.truncated.zero_()
+    if step:
+        algorithm.buffer.terminated[step - 1, :envs] = True
+
+
 def test_a_stopped_step_changes_nothing() -> None:
     """As the warm-up calls of a CUDA graph need."""
     algorithm = rwr(gaussian_policy())
     algorithm.update(0)
     before = weights(algorithm.policy)
-    algorithm.learn({"rows": algorithm.finished(), "stop": torch.ones(())}, None)
+    rows = rows_of(algorithm)
+    algorithm.learn({"rows": rows, "counted": torch.ones(len(rows), dtype=torch.bool), "stop": torch.ones(())}, None)
     assert distance(before, weights(algorithm.policy)) == 0
 
 
