@@ -129,14 +129,17 @@ def config_source(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_grammar(file: Path) -> None:
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        OmegaConf.load(file)
+        content = OmegaConf.load(file)
+        defaults = content.get("defaults", []) if isinstance(content, DictConfig) else []
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file}: not a readable configuration: {' '.join(str(error).split())}") from error
+    if not (isinstance(defaults, ListConfig) and all(isinstance(entry, str | DictConfig) for entry in defaults)):
+        raise UserError(f"{file}: defaults={defaults} must be a list of configurations, as in [quickstart, _self_]")
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:

@@ -148,6 +148,15 @@ def test_a_file_that_is_no_configuration(
     fails_with(lambda: train(f"cfg={file}"), r"mine\.yaml: not a readable configuration: ")
 
 
+@pytest.mark.parametrize("defaults", ["3", "quickstart", "[quickstart, 3]", "{quickstart: 3}", "null"])
+def test_defaults_that_are_no_list(
+    defaults: str, fails_with: FailsWith, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("config") / "mine.yaml"
+    file.write_text(f"defaults: {defaults}\n")
+    fails_with(lambda: train(f"cfg={file}"), r"mine\.yaml: defaults=.* must be a list of configurations")
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
