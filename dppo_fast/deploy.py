@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dppo_fast.build import LoadedPolicy, pick_device
 from dppo_fast.build import load_policy as load_checkpoint
-from dppo_fast.envs.normalize import MinMax, Normalization, Running
+from dppo_fast.envs.normalize import BoundedMinMax, MinMax, Normalization, Running
 from dppo_fast.policies.diffusion import DiffusionPolicy
 from dppo_fast.types import NoiseStream, Obs, UserError
 
@@ -38,6 +38,8 @@ class Units(nn.Module):
         if isinstance(normalization, MinMax):
             spread = normalization.obs_max - normalization.obs_min + normalization.epsilon
             center, scale = normalization.obs_min + spread / 2, 2 / spread
+        if isinstance(normalization, BoundedMinMax):
+            self.bound = normalization.bound.item()
         elif isinstance(normalization, Running):
             center, scale, self.bound = normalization.mean, 1 / np.sqrt(normalization.variance + 1e-8), 10.0
         for name, value in {"center": center, "scale": scale, "low": low, "high": high}.items():

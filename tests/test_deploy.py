@@ -19,7 +19,7 @@ from dppo_fast.build import build_trainer, parse
 from dppo_fast.build import load_policy as load_checkpoint
 from dppo_fast.checkpoint import Checkpoint, find
 from dppo_fast.deploy import Units, WholeChain
-from dppo_fast.envs.normalize import Identity, MinMax, Normalization, Running
+from dppo_fast.envs.normalize import BoundedMinMax, Identity, MinMax, Normalization, Running
 from dppo_fast.export import main as export
 from dppo_fast.latency import main as latency
 from dppo_fast.trainer import Trainer
@@ -54,6 +54,7 @@ NORMALIZATIONS: list[Callable[[], Normalization | None]] = [
     lambda: None,
     lambda: Identity([-2.0, 0.0], [1.0, 3.0]),
     lambda: MinMax([-1.0, 0, 5], [1.0, 100, 5], [-2.0, 0.0], [1.0, 3.0]),
+    lambda: BoundedMinMax([-1.0, 0, 5], [1.0, 100, 6], [-2.0, 0.0], [1.0, 3.0]),
     lambda: running([-2.0, 0.0], [1.0, 3.0]),
 ]
 

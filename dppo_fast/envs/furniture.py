@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dppo_fast.envs import furniture_server
 from dppo_fast.envs.furniture_server import ACTION_DIM, Host, layout, map_arrays
-from dppo_fast.envs.normalize import Identity, MinMax, Normalization
+from dppo_fast.envs.normalize import BoundedMinMax, Identity, MinMax, Normalization
 from dppo_fast.envs.simulator import EnvConfig, read_options
 from dppo_fast.types import Obs, ObsShapes, Step, UserError
 
@@ -34,7 +34,6 @@ PARTS = {"one_leg": 5, "lamp": 3, "round_table": 3}
 ROBOT_DIM = 14
 """Position 3, quaternion 4 (xyzw), velocities 6 and the gripper's width; with the rotation in 6-D it has 16 numbers."""
 
-OBS_BOUND = 5.0
 RESET_ATTEMPTS = 5
 INSTALL = "install IsaacGym and github.com/ankile/furniture-bench into a Python 3.8"
 
@@ -216,9 +215,10 @@ class FurnitureVecEnv:
         norm = self.normalization
         self._obs_scale, self._obs_shift, self._obs_bound = constant(1.0), constant(0.0), float("inf")
         if isinstance(norm, MinMax):
-            spread = norm.obs_max - norm.obs_min
+            spread = norm.obs_max - norm.obs_min + norm.epsilon
             self._obs_scale, self._obs_shift = constant(2 / spread), constant(-2 * norm.obs_min / spread - 1)
-            self._obs_bound = OBS_BOUND
+        if isinstance(norm, BoundedMinMax):
+            self._obs_bound = norm.bound.item()
         self._action_min, self._action_range = constant(norm.action_min), constant(norm.action_max - norm.action_min)
 
 
@@ -322,7 +322,7 @@ def _load_normalization(task_id: str, path: str) -> Normalization:
         return Identity(-np.ones(ACTION_DIM), np.ones(ACTION_DIM))
     if path == "running":
         raise UserError(f"env.normalization=running: {task_id} has none; give the demonstrations' file")
-    norm = _load_pth(path, obs_dim) if path.endswith(".pth") else MinMax.load(path, obs_dim, ACTION_DIM)
+    norm = _load_pth(path, obs_dim) if path.endswith(".pth") else BoundedMinMax.load(path, obs_dim, ACTION_DIM)
     for kind in ("obs", "action"):
         low, high = getattr(norm, f"{kind}_min"), getattr(norm, f"{kind}_max")
         if bad := np.flatnonzero(~(low < high)).tolist():
@@ -330,7 +330,7 @@ def _load_normalization(task_id: str, path: str) -> Normalization:
     return norm
 
 
-def _load_pth(path: str, obs_dim: int) -> MinMax:
+def _load_pth(path: str, obs_dim: int) -> BoundedMinMax:
     """The state_dict of the reference's normaliser."""
     names = {"observations": obs_dim, "actions": ACTION_DIM}
     try:
@@ -340,7 +340,7 @@ def _load_pth(path: str, obs_dim: int) -> MinMax:
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"env.normalization={path}: not readable as tensors alone ({reason})") from error
-    ranges = {}
+    ranges: dict[str, Any] = {}
     for name, size in names.items():
         for end in ("min", "max"):
             value = content.get(key := f"stats.{name}.{end}") if isinstance(content, dict) else None
@@ -348,4 +348,4 @@ def _load_pth(path: str, obs_dim: int) -> MinMax:
                 found = list(value.shape) if isinstance(value, Tensor) else value
                 raise UserError(f"env.normalization={path}: {key} is {found}, expected a tensor of shape [{size}]")
             ranges[f"{'obs' if name == 'observations' else 'action'}_{end}"] = value.double().numpy()
-    return MinMax(**ranges, epsilon=0.0)
+    return BoundedMinMax(**ranges)

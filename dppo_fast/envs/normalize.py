@@ -155,6 +155,27 @@ class MinMax(Normalization):
         return scaled
 
 
+class BoundedMinMax(MinMax):
+    """As MinMax, but observations end at +-``bound``, and the ranges are taken as they are: FurnitureBench's."""
+
+    fields = (*MinMax.fields, "bound")
+
+    def __init__(
+        self,
+        obs_min: ArrayLike,
+        obs_max: ArrayLike,
+        action_min: ArrayLike,
+        action_max: ArrayLike,
+        epsilon: float = 0.0,
+        bound: ArrayLike = 5.0,
+    ) -> None:
+        super().__init__(obs_min, obs_max, action_min, action_max, epsilon)
+        self.bound = np.asarray(bound, np.float64)
+
+    def normalize_obs(self, raw: NDArray[Any]) -> NDArray[np.float64]:
+        return super().normalize_obs(raw).clip(-self.bound, self.bound)
+
+
 def _range(data: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     rows = data.reshape(-1, data.shape[-1]).astype(np.float64)
     low, high = rows.min(0), rows.max(0)
@@ -165,7 +186,7 @@ def _range(data: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]
 def normalization_from_state(state: Mapping[str, Tensor]) -> Normalization:
     """The normalisation whose ``state_dict`` this is. Raises UserError where it is of none."""
     arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in state.items()}
-    for kind in (Identity, MinMax):
+    for kind in (Identity, MinMax, BoundedMinMax):
         if set(arrays) == set(kind.fields):
             return kind(**arrays)
     if set(arrays) == set(Running.fields):

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from dppo_fast.envs import EnvConfig, MinMax, furniture_server, make_env
+from dppo_fast.envs import EnvConfig, furniture_server, make_env
 from dppo_fast.envs.furniture import to_state
+from dppo_fast.envs.normalize import BoundedMinMax, normalization_from_state
 from dppo_fast.types import UserError
 from tests.envs import furniture_stand_in
 from tests.runs import COMMON, rows, train
@@ -131,7 +132,9 @@ def test_normalisation_is_the_references(pth: Path) -> None:
         assert (state[1:, 0] == -5).all()
         saved = env.normalization.state_dict()
     with opened(replace(config, normalization="none")) as env:
-        again = make_env(config, "cpu", 0, MinMax(**{k: v.numpy() for k, v in saved.items()}))
+        restored = normalization_from_state(saved)
+        assert isinstance(restored, BoundedMinMax)
+        again = make_env(config, "cpu", 0, restored)
         assert torch.equal(again.reset()["state"], make_env(config, "cpu", 0).reset()["state"])
 
 
