@@ -72,16 +72,10 @@ class AvoidVecEnv:
         self._time_limit_terminates = config.time_limit_terminates
         self._elapsed = 0
 
-        def constant(values: Any) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
-        self._start, self._stiffness, self._damping = constant(START), constant(STIFFNESS), constant(DAMPING)
-        self._centres, self._mass = constant(OBSTACLES)[:, :2], constant(CARRIAGE_MASS)
-        at_zero = normalization.normalize_obs(np.zeros(OBS_DIM))
-        self._obs_shift = constant(at_zero)
-        self._obs_scale = constant(normalization.normalize_obs(np.ones(OBS_DIM)) - at_zero)
-        self._action_shift, high = (constant(normalization.unnormalize_action(np.full(2, a))) for a in (0.0, 1.0))
-        self._action_scale = high - self._action_shift
+        self._device = device
+        self._start, self._stiffness, self._damping = map(self._constant, (START, STIFFNESS, DAMPING))
+        self._centres, self._mass = self._constant(OBSTACLES)[:, :2], self._constant(CARRIAGE_MASS)
+        self._read_normalization()
         self._begin()
 
     def reset(self, seed: int | None = None) -> Obs:
@@ -120,14 +114,26 @@ class AvoidVecEnv:
             setattr(self, f"_{name}", saved.to(own.device).clone())
         self._elapsed = state["elapsed"]
         self.normalization.load_state_dict(state["normalization"])
+        self._read_normalization()
         return self._obs()
 
     def close(self) -> None: ...
 
     _STATE = ("history", "desired", "target", "position", "velocity", "taken", "collided")
 
+    def _constant(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+    def _read_normalization(self) -> None:
+        norm = self.normalization
+        at_zero = norm.normalize_obs(np.zeros(OBS_DIM))
+        self._obs_shift = self._constant(at_zero)
+        self._obs_scale = self._constant(norm.normalize_obs(np.ones(OBS_DIM)) - at_zero)
+        self._action_shift, high = (self._constant(norm.unnormalize_action(np.full(2, a))) for a in (0.0, 1.0))
+        self._action_scale = high - self._action_shift
+
     def _begin(self) -> None:
-        n, device = self.num_envs, self._start.device
+        n, device = self.num_envs, self._device
         self._elapsed = 0
         self._desired = self._start.repeat(n, 1)  # [N, 2], as all below in metres and radians
         self._target = polar_target(self._desired)

@@ -256,6 +256,23 @@ def test_normalization_reaches_the_env(backend: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(obs[:2], ranges.normalize_obs(np.array([*desired, 0, 0]))[:2], atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_saved_normalization_is_the_restored_envs(backend: str, tmp_path: Path) -> None:
+    """Also where the file has changed meanwhile."""
+    path = tmp_path / "normalization.npz"
+    config = replace(CONFIG, backend=backend, normalization=str(path))
+    action = torch.tensor([0.5, -0.5]).expand(4, 4, 2)
+    MinMax([0.2, -0.3, 0.2, -0.3], [0.8, 0.5, 0.8, 0.5], [-0.01, 0], [0.01, 0.012]).save(path)
+    with opened(config) as env:
+        expected = env.reset()["state"]
+        state = env.state_dict()
+        following = env.step(action).obs["state"]
+    MinMax([0.1, -0.5, 0.1, -0.5], [0.9, 0.9, 0.9, 0.9], [-0.02, -0.01], [0.03, 0.04]).save(path)
+    with opened(config) as restored:
+        assert torch.equal(restored.load_state_dict(state)["state"], expected)
+        assert torch.equal(restored.step(action).obs["state"], following)
+
+
 def test_the_name_is_the_references_too() -> None:
     with opened(replace(CONFIG, id="avoiding-m5")) as env:
         assert isinstance(env, ChunkEnv)
