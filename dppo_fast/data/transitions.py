@@ -27,7 +27,7 @@ def chunk_transitions(
     The reward is that of the executed steps, discounted by ``discount`` from step to step. ``terminated`` tells whether
     one of them ended the episode; the windows that end where a trajectory was cut off are left out, because what came
     next is not known. Given ``gamma``, the discount from decision to decision, ``record["reward_to_go"]`` [B] is the
-    return up to the trajectory's end.
+    return up to the first decision that is terminated, or the trajectory's end.
 
     Raises UserError without rewards and terminals, and where no window is left.
     """
@@ -47,9 +47,10 @@ def chunk_transitions(
         since_start.append(t)
         following.append(np.minimum(t + act_steps, length - 1))
         chunk_rewards.append(reward[t])
-        done.append(_executed(terminals[begin:end].astype(np.float64), act_steps, 1.0)[t] > 0)
+        over = _executed(terminals[begin:end].astype(np.float64), act_steps, 1.0) > 0
+        done.append(over[t])
         if gamma is not None:
-            to_go.append(_to_go(reward, act_steps, gamma)[t])
+            to_go.append(_to_go(reward, over, act_steps, gamma)[t])
     start, since, then, reward, terminated = map(np.concatenate, (starts, since_start, following, chunk_rewards, done))
     if len(start) == 0:
         raise UserError(f"no trajectory has {horizon} steps and one more, or {horizon} and a true end")
@@ -73,9 +74,9 @@ def _executed(values: NDArray[np.float64], act_steps: int, discount: float) -> N
     return total
 
 
-def _to_go(reward: NDArray[np.float64], act_steps: int, gamma: float) -> NDArray[np.float64]:
-    """[L]: the reward of the decision at each step plus gamma times that from its end on."""
+def _to_go(reward: NDArray[np.float64], over: NDArray[np.bool_], act_steps: int, gamma: float) -> NDArray[np.float64]:
+    """[L]: the reward of the decision at each step plus, unless it ends the episode, gamma times what follows."""
     result = np.append(reward, np.zeros(act_steps))
-    for t in range(len(reward) - 1, -1, -1):
+    for t in np.flatnonzero(~over)[::-1]:
         result[t] += gamma * result[t + act_steps]
     return result[: len(reward)]

@@ -90,6 +90,20 @@ def test_reward_to_go(act_steps: int) -> None:
         assert value == pytest.approx(sum(0.9**k * reward for k, reward in enumerate(chunks)))
 
 
+@pytest.mark.parametrize("act_steps", [1, 3])
+def test_reward_to_go_stops_where_targets_do(act_steps: int) -> None:
+    """At the first of several terminal steps, as where success is recorded until the demonstration ends."""
+    gamma, length = 0.9, 20
+    terminals = np.arange(length) >= 10
+    states, actions = np.zeros((length, 3), np.float32), np.zeros((length, 2), np.float32)
+    data = Trajectories(states, actions, np.array([length]), terminals.astype(np.float32), terminals)
+    got = chunk_transitions(data, act_steps, act_steps, 1, gamma=gamma)
+    returns = got.record["reward_to_go"].tolist()
+    for t, (reward, over) in enumerate(zip(got.reward.tolist(), got.terminated.tolist(), strict=True)):
+        assert returns[t] == pytest.approx(reward if over else reward + gamma * returns[t + act_steps])
+    assert returns[10] == got.reward[10] == act_steps
+
+
 @pytest.mark.parametrize("key", ["rewards", "terminals"])
 def test_rewards_and_terminals_are_needed(key: str) -> None:
     with pytest.raises(UserError, match=f"'{key}' is missing"):
