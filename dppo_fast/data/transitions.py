@@ -22,7 +22,9 @@ def chunk_transitions(
     discount: float = 1.0,
     gamma: float | None = None,
 ) -> Transitions:
-    """Every window of ``horizon`` actions inside one trajectory, as a decision of which ``act_steps`` are executed.
+    """Every window of ``act_steps`` actions inside one trajectory, as a decision in which they are executed, with the
+    actions after them up to ``horizon``. Beyond a trajectory's end its last action is repeated: it is never executed,
+    and action-value functions do not see it, but without these windows no decision would reach the end.
 
     The reward is that of the executed steps, discounted by ``discount`` from step to step. ``terminated`` tells whether
     one of them ended the episode; the windows that end where a trajectory was cut off are left out, because what came
@@ -35,16 +37,17 @@ def chunk_transitions(
     if rewards is None or terminals is None:
         absent = "rewards" if rewards is None else "terminals"
         raise UserError(f"key {absent!r} is missing; learning values from demonstrations needs rewards and terminals")
-    starts, since_start, following, chunk_rewards, done, to_go = [], [], [], [], [], []
+    starts, since_start, left, following, chunk_rewards, done, to_go = [], [], [], [], [], [], []
     end = 0
     for length in trajectories.traj_lengths.tolist():
         begin, end = end, end + length
-        t = np.arange(max(length - horizon + 1, 0))
+        t = np.arange(max(length - act_steps + 1, 0))
         if not terminals[end - 1]:
             t = t[t + act_steps < length]
         reward = _executed(rewards[begin:end].astype(np.float64), act_steps, discount)
         starts.append(begin + t)
         since_start.append(t)
+        left.append(length - 1 - t)
         following.append(np.minimum(t + act_steps, length - 1))
         chunk_rewards.append(reward[t])
         over = _executed(terminals[begin:end].astype(np.float64), act_steps, 1.0) > 0
@@ -53,13 +56,14 @@ def chunk_transitions(
             to_go.append(_to_go(reward, over, act_steps, gamma)[t])
     start, since, then, reward, terminated = map(np.concatenate, (starts, since_start, following, chunk_rewards, done))
     if len(start) == 0:
-        raise UserError(f"no trajectory has {horizon} steps and one more, or {horizon} and a true end")
+        raise UserError(f"no trajectory has {act_steps} steps and one more, or {act_steps} and a true end")
+    ahead = np.minimum(np.arange(horizon), np.concatenate(left)[:, None])
     ages = np.arange(obs_steps - 1, -1, -1)  # of the observations seen at once, newest last
     first = (start - since)[:, None]
     now, later = (first + np.maximum(at[:, None] - ages, 0) for at in (since, then))
     return Transitions(
         obs={"state": torch.from_numpy(trajectories.states[now])},
-        action=torch.from_numpy(trajectories.actions[start[:, None] + np.arange(horizon)]),
+        action=torch.from_numpy(trajectories.actions[start[:, None] + ahead]),
         reward=torch.from_numpy(reward).float(),
         next_obs={"state": torch.from_numpy(trajectories.states[later])},
         terminated=torch.from_numpy(terminated).float(),

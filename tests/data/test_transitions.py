@@ -19,27 +19,28 @@ LENGTHS = (12, 9, 7)
 """Of the demonstrations; the second was cut off, and the reward of step t is t."""
 
 
-def windows(act_steps: int, horizon: int) -> list[tuple[int, int, int]]:
+def windows(act_steps: int) -> list[tuple[int, int, int]]:
     """(row, trajectory's first row, trajectory's end) of every window whose outcome is known."""
     result, end = [], 0
     for i, length in enumerate(LENGTHS):
         begin, end = end, end + length
-        for row in range(begin, end - horizon + 1):
+        for row in range(begin, end - act_steps + 1):
             if i != 1 or row + act_steps < end:
                 result.append((row, begin, end))
     return result
 
 
-@pytest.mark.parametrize(("act_steps", "horizon", "obs_steps"), [(1, 1, 1), (4, 4, 2), (2, 4, 3), (7, 7, 1)])
+@pytest.mark.parametrize(("act_steps", "horizon", "obs_steps"), [(1, 1, 1), (4, 4, 2), (2, 4, 3), (4, 8, 1), (7, 7, 1)])
 def test_windows(act_steps: int, horizon: int, obs_steps: int) -> None:
     data = demonstrations()
     got = chunk_transitions(data, horizon, act_steps, obs_steps)
-    expected = windows(act_steps, horizon)
+    expected = windows(act_steps)
     assert len(got.reward) == len(expected)
     for i, (row, begin, end) in enumerate(expected):
         seen = [max(row - age, begin) for age in reversed(range(obs_steps))]
         np.testing.assert_array_equal(got.obs["state"][i], data.states[seen])
-        np.testing.assert_array_equal(got.action[i], data.actions[row : row + horizon])
+        predicted = [min(row + k, end - 1) for k in range(horizon)]
+        np.testing.assert_array_equal(got.action[i], data.actions[predicted])
         assert got.reward[i] == sum(range(row, row + act_steps))
         assert got.terminated[i] == (row + act_steps == end)
         if row + act_steps < end:
@@ -76,6 +77,20 @@ def test_rewards_of_a_chunk_are_summed_and_its_end_is_seen() -> None:
     assert got.terminated.sum() == 2
 
 
+def test_endings_are_seen_by_policies_that_look_further_ahead_than_they_act() -> None:
+    """The one decision that is rewarded is the last, and predicting further changes nothing but the predictions."""
+    length = 20
+    terminals = np.arange(length) == length - 1
+    rng = np.random.default_rng(0)
+    states, actions = rng.random((length, 3), np.float32), rng.random((length, 2), np.float32)
+    data = Trajectories(states, actions, np.array([length]), terminals.astype(np.float32), terminals)
+    got, expected = (chunk_transitions(data, horizon, 4, 2, gamma=0.9) for horizon in (8, 4))
+    assert got.terminated.tolist() == got.reward.tolist() == [0.0] * 16 + [1.0]
+    assert torch.equal(got.action[:, :4], expected.action)
+    for (path, value), (_, other) in zip(got.items(), expected.items(), strict=True):
+        assert path == "action" or torch.equal(value, other), path
+
+
 def test_rewards_may_be_discounted_within_a_chunk() -> None:
     got = chunk_transitions(demonstrations(), 3, 3, 1, discount=0.5)
     assert got.reward[1] == 1 + 0.5 * 2 + 0.25 * 3
@@ -85,7 +100,7 @@ def test_rewards_may_be_discounted_within_a_chunk() -> None:
 def test_reward_to_go(act_steps: int) -> None:
     """From decision to decision up to the trajectory's end, whose last chunk may be cut short."""
     got = chunk_transitions(demonstrations(), act_steps, act_steps, 1, gamma=0.9)
-    for value, (row, _, end) in zip(got.record["reward_to_go"], windows(act_steps, act_steps), strict=True):
+    for value, (row, _, end) in zip(got.record["reward_to_go"], windows(act_steps), strict=True):
         chunks = [sum(range(t, min(t + act_steps, end))) for t in range(row, end, act_steps)]
         assert value == pytest.approx(sum(0.9**k * reward for k, reward in enumerate(chunks)))
 
