@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dppo_fast.checkpoint import Checkpoint
+from dppo_fast.checkpoint import Checkpoint, CheckpointError
 from dppo_fast.replay import ReplayBuffer
 
 
@@ -33,10 +33,18 @@ class Journal:
         return list(self.files)
 
     def load(self, files: Sequence[str]) -> None:
-        """Make the buffer what it was. Raises CheckpointError for a file that is missing or damaged."""
+        """Make the buffer what it was. Raises CheckpointError for a file that is missing or damaged, or of a buffer of
+        another capacity.
+        """
         self.files, self.rows = [], 0
         for name in files:
             changes = dict(Checkpoint.load(self.folder / name).state)
+            saved, own = _capacity(changes, self.buffer.capacity), self.buffer.capacity
+            if saved != own:
+                raise CheckpointError(
+                    f"{self.folder / name}: the saved replay buffer has room for {saved} transitions, this one for "
+                    f"{own}; resume with the run's own algorithm.buffer_size"
+                )
             self.buffer.apply(changes)
             self._add(name, changes)
 
@@ -50,3 +58,12 @@ class Journal:
     def _add(self, name: str, changes: dict[str, Any]) -> None:
         self.files.append(name)
         self.rows += len(changes["rows"])
+
+
+def _capacity(changes: dict[str, Any], expected: int) -> int:
+    """That of the buffer that ``changes`` are of. Files of before it was saved tell it where that buffer was full; of
+    others it is ``expected``, if there is room in that for one more.
+    """
+    size = int(changes["size"])
+    full = size != changes["head"]
+    return int(changes.get("capacity", size if full else max(expected, size + 1)))

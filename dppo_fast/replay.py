@@ -134,7 +134,7 @@ class ReplayBuffer:
         rows = torch.arange(self.size, device=self.device) if everything else self._changed.nonzero().squeeze(-1)
         self._changed.zero_()
         data = {path: value[rows] for path, value in self.data.items()}
-        return {"rows": rows, "data": data, "size": self.size, "head": self.head}
+        return {"rows": rows, "data": data, "size": self.size, "head": self.head, "capacity": self.capacity}
 
     def apply(self, changes: dict[str, Any]) -> None:
         """Repeat the ``changes`` of another buffer of this capacity; all of them, in order, make an equal one."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dppo_fast.checkpoint import CheckpointError
+from dppo_fast.checkpoint import Checkpoint, CheckpointError
 from dppo_fast.journal import Journal
 from dppo_fast.replay import ReplayBuffer
 from tests.test_replay import equal, transitions
@@ -70,3 +70,34 @@ def test_pruning_keeps_what_an_older_checkpoint_needs(tmp_path: Path) -> None:
         Journal(tmp_path, ReplayBuffer(10)).load(files)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         Journal(tmp_path, ReplayBuffer(10)).load(lists[0])
+
+
+def written(folder: Path, steps: int, older: bool) -> list[str]:
+    """The files of a buffer of 10 after ``steps`` transitions; of older runs, they do not say that."""
+    replay = ReplayBuffer(10)
+    journal = Journal(folder, replay)
+    for start in range(0, steps, 4):
+        replay.add(transitions(min(4, steps - start), start))
+        files = journal.save(start)
+    for name in files if older else []:
+        state = dict(Checkpoint.load(folder / name).state)
+        del state["capacity"]
+        Checkpoint({}, state, {}, 0).save(folder / name)
+    return files
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(("steps", "other"), [(10, 20), (12, 20), (12, 5), (6, 5), (6, 6)])
+def test_a_buffer_of_another_capacity_is_refused(steps: int, other: int, older: bool, tmp_path: Path) -> None:
+    files = written(tmp_path, steps, older)
+    message = rf"room for \d+ transitions, this one for {other}; resume with the run's own algorithm\.buffer_size"
+    with pytest.raises(CheckpointError, match=message):
+        Journal(tmp_path, ReplayBuffer(other)).load(files)
+    Journal(tmp_path, restored := ReplayBuffer(10)).load(files)
+    assert len(restored) == min(steps, 10)
+
+
+def test_the_capacity_that_is_needed_is_named(tmp_path: Path) -> None:
+    """Also before the buffer is full."""
+    with pytest.raises(CheckpointError, match="has room for 10 transitions, this one for 20"):
+        Journal(tmp_path, ReplayBuffer(20)).load(written(tmp_path, 4, older=False))
