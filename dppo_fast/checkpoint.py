@@ -207,15 +207,15 @@ def find(path: str | Path, which: str = "latest") -> Path:
     return found[-back]
 
 
-def prune(run: Path, keep: int, keep_every: int) -> int:
+def prune(run: Path, keep: int, keep_every: int) -> list[int]:
     """Delete all but the newest ``keep`` checkpoints and those of every ``keep_every``-th iteration (0: none); returns
-    the iteration of the oldest that stays.
+    the iterations of those that stay.
     """
     found = _numbered(run)
     stay = [i for i in found if i in list(found)[-keep:] or (keep_every and i % keep_every == 0)]
     for iteration in found.keys() - stay:
         found[iteration].unlink()
-    return stay[0]
+    return stay
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,17 @@ class Journal:
             self.buffer.apply(changes)
             self._add(name, changes)
 
-    def prune(self, oldest: int) -> None:
-        """Delete what no checkpoint from iteration ``oldest`` on needs."""
+    def prune(self, kept: Iterable[int]) -> None:
+        """Delete what neither the checkpoints of the iterations ``kept`` need nor those to come."""
         names = sorted(path.name for path in self.folder.glob("iteration_*.safetensors"))
-        needed = max(name for name in names if "_whole" in name and int(name[10:18]) <= oldest)
-        for name in names[: names.index(needed)]:
-            (self.folder / name).unlink()
+        needed = set(self.files)
+        for iteration in kept:
+            until = [name for name in names if int(name[10:18]) <= iteration]
+            whole = max((i for i, name in enumerate(until) if "_whole" in name), default=0)
+            needed.update(until[whole:])
+        for name in names:
+            if name not in needed:
+                (self.folder / name).unlink()
 
     def _add(self, name: str, changes: dict[str, Any]) -> None:
         self.files.append(name)

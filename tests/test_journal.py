@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dppo_fast.checkpoint import Checkpoint, CheckpointError
+from dppo_fast.checkpoint import Checkpoint, CheckpointError, checkpoint_path, prune
 from dppo_fast.journal import Journal
 from dppo_fast.replay import ReplayBuffer
 from tests.test_replay import equal, transitions
@@ -50,7 +50,7 @@ def test_files_do_not_pile_up(tmp_path: Path) -> None:
     for iteration in range(50):
         replay.add(transitions(5, 5 * iteration))
         files = journal.save(iteration)
-        journal.prune(iteration - 1 if iteration else 0)
+        journal.prune([max(iteration - 1, 0), iteration])
         assert len(files) <= 6
         restored = ReplayBuffer(10)
         Journal(tmp_path, restored).load(files)
@@ -65,11 +65,54 @@ def test_pruning_keeps_what_an_older_checkpoint_needs(tmp_path: Path) -> None:
     for iteration in range(20):
         replay.add(transitions(5, 5 * iteration))
         lists.append(journal.save(iteration))
-    journal.prune(11)
-    for files in lists[11:]:
-        Journal(tmp_path, ReplayBuffer(10)).load(files)
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
-        Journal(tmp_path, ReplayBuffer(10)).load(lists[0])
+    journal.prune([3, 11, 18, 19])
+    for iteration in (3, 11, 18, 19):
+        Journal(tmp_path, ReplayBuffer(10)).load(lists[iteration])
+    for iteration in (4, 5):
+        with pytest.raises(CheckpointError, match="no such checkpoint"):
+            Journal(tmp_path, ReplayBuffer(10)).load(lists[iteration])
+
+
+def test_files_between_the_checkpoints_that_stay_for_good_are_deleted(tmp_path: Path) -> None:
+    """As in a run of 300 iterations with ``keep_checkpoints`` 2 and ``save_model_freq`` 100."""
+    replay, run = ReplayBuffer(10), tmp_path
+    journal = Journal(run / "replay", replay)
+    (run / "checkpoint").mkdir()
+    expected = {}
+    for iteration in range(301):
+        replay.add(transitions(5, 5 * iteration))
+        checkpoint_path(run, iteration).touch()
+        files = journal.save(iteration)
+        kept = prune(run, keep=2, keep_every=100)
+        journal.prune(kept)
+        if iteration in (0, 100, 200, 299, 300):
+            expected[iteration] = files, replay.gather(torch.arange(len(replay))), replay.head
+    assert kept == list(expected)
+    assert {path.name for path in (run / "replay").iterdir()} == {
+        name for files, *_ in expected.values() for name in files
+    }
+    assert len(list((run / "replay").iterdir())) <= 1 + 3 * 6
+    for files, data, head in expected.values():
+        Journal(run / "replay", restored := ReplayBuffer(10)).load(files)
+        found = restored.gather(torch.arange(len(restored)))
+        assert restored.head == head
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found.items(), data.items(), strict=True))
+
+
+def test_files_that_later_checkpoints_go_on_from_stay(tmp_path: Path) -> None:
+    """Where an older checkpoint was resumed from, and newer ones are there still."""
+    replay = ReplayBuffer(10)
+    journal = Journal(tmp_path, replay)
+    lists = []
+    for iteration in range(20):
+        replay.add(transitions(5, 5 * iteration))
+        lists.append(journal.save(iteration))
+    journal.load(lists[4])
+    replay.add(transitions(1, 25))
+    files = journal.save(5)
+    journal.prune([18, 19])
+    Journal(tmp_path, restored := ReplayBuffer(10)).load(files)
+    assert equal(restored, replay)
 
 
 def written(folder: Path, steps: int, older: bool) -> list[str]:
