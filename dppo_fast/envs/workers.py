@@ -11,6 +11,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -18,6 +19,7 @@ from math import prod
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
+from multiprocessing.util import Finalize
 from operator import getitem
 from typing import Any, NamedTuple
 
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 DEATHS_IN_A_ROW = 3
 """How often a worker may die without having stepped in between."""
+PATIENCE = 5.0
+"""Seconds that workers have to end by themselves once their pipes are closed."""
 
 Fields = dict[str, tuple[tuple[int, ...], str]]
 """Name -> shape and dtype."""
@@ -69,8 +73,11 @@ class WorkerSimulator:
         self._context.set_forkserver_preload([__name__, *preload])
         num_workers = min(num_workers or len(os.sched_getaffinity(0)), num_envs)
         self._deaths = [0] * num_workers  # of each worker since it last stepped
-        self._workers = [self._start(w) for w in range(num_workers)]
-        self._end = weakref.finalize(self, _end, self._workers)
+        self._workers: list[Worker] = []
+        # at exit before multiprocessing waits for its processes, which without this would not end
+        self._end = Finalize(self, _end, (self._workers,), exitpriority=0)
+        for w in range(num_workers):
+            self._workers.append(self._start(w))
         self.obs_shapes, self.action_low, self.action_high = self._greet(self._workers)
         outcome: Fields = {"reward": ((num_envs,), "f8"), "ended": ((num_envs,), "?"), "cut": ((num_envs,), "?")}
         obs: Fields = {
@@ -190,7 +197,7 @@ class WorkerSimulator:
 
 def _work(connection: Connection, task_id: str, make: Callable[[int], Any], mine: Sequence[int]) -> None:
     """A worker's life: greet, receive the shared memory, do as told until the pipe is closed."""
-    for name in (signal.SIGINT, signal.SIGUSR1):  # for the main process, which then closes the pipe
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # for the main process, which then closes the pipe
         signal.signal(name, signal.SIG_IGN)
     try:
         envs = {i: make(i) for i in mine}
@@ -245,8 +252,11 @@ def _raised(answer: Any) -> Any:
 
 
 def _end(workers: Sequence[Worker]) -> None:
-    for process, connection in workers:
+    for _, connection in workers:
         connection.close()
-        process.terminate()
+    deadline = time.monotonic() + PATIENCE
     for process, _ in workers:
-        process.join()
+        process.join(max(deadline - time.monotonic(), 0))
+        if process.exitcode is None:
+            process.kill()
+            process.join()

@@ -200,25 +200,89 @@ def test_what_cannot_be_made() -> None:
         WorkerSimulator("Wander", fail, N, 1)
 
 
+def test_signals_to_all_processes_are_the_main_ones_business() -> None:
+    """As SLURM, systemd and shells send them: the main one finishes what it is at, and then ends its workers."""
+    everyone = np.arange(N)
+    with workers() as simulator, workers() as unharmed:
+        for both in (simulator, unharmed):
+            both.reset(everyone)
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for process, _ in simulator._workers:
+                os.kill(process.pid or 0, name)
+            time.sleep(0.1)
+            assert_same(simulator.step(np.ones((N, 2)), everyone), unharmed.step(np.ones((N, 2)), everyone))
+        assert simulator.worker_deaths == 0
+    assert [process.exitcode for process, _ in simulator._workers] == [0, 0]
+
+
+class Stuck(Wander):
+    def render(self) -> NDArray[np.uint8]:  # type: ignore[override]
+        time.sleep(600)
+        return super().render()
+
+
+def stuck(index: int) -> Stuck:
+    return Stuck()
+
+
+def test_workers_that_do_not_end_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dppo_fast.envs.workers.PATIENCE", 0.5)
+    with workers(stuck) as simulator:
+        simulator.reset(np.arange(N))
+        simulator._workers[0].connection.send(("render", np.array([0])))
+        started = time.monotonic()
+    assert time.monotonic() - started < 20
+    assert [process.exitcode for process, _ in simulator._workers] == [-signal.SIGKILL, 0]
+
+
+STOPPED = """
+import os, signal
+import numpy as np
+from dppo_fast.envs.workers import WorkerSimulator
+from tests.envs.test_workers import wander
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    simulator = WorkerSimulator("Wander", wander, 2, 2)
+    simulator.seed(0, np.zeros(2, np.int64))
+    simulator.reset(np.arange(2))
+    os.killpg(0, signal.SIGTERM)
+    for _ in range(5):
+        simulator.step(np.zeros((2, 2)), np.arange(2))
+    print(*(worker.process.pid for worker in simulator._workers), simulator.worker_deaths, flush=True)
+"""
+LEFT = STOPPED.replace("os.killpg(0, signal.SIGTERM)", "")
 ORPHANS = """
 import os, signal
 from dppo_fast.envs.workers import WorkerSimulator
 from tests.envs.test_workers import wander
 if __name__ == "__main__":
     simulator = WorkerSimulator("Wander", wander, 2, 2)
-    print(*(worker.process.pid for worker in simulator._workers), flush=True)
+    print(*(worker.process.pid for worker in simulator._workers), simulator.worker_deaths, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_do_not_outlive_the_main_process(tmp_path: Path) -> None:
-    script = tmp_path / "orphans.py"
-    script.write_text(ORPHANS)
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        pytest.param(ORPHANS, -signal.SIGKILL, id="killed"),
+        pytest.param(STOPPED, 0, id="stopped"),
+        pytest.param(LEFT, 0, id="left"),
+    ],
+)
+def test_workers_do_not_outlive_the_main_process(program: str, code: int, tmp_path: Path) -> None:
+    """Killed, told to stop with all its processes, or left without closing."""
+    script = tmp_path / "program.py"
+    script.write_text(program)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    found = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
-    assert found.returncode == -signal.SIGKILL, found.stderr
-    pids = [int(pid) for pid in found.stdout.split()]
+    command = [sys.executable, str(script)]
+    found = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, start_new_session=True
+    )
+    assert found.returncode == code, found.stderr
+    *pids, deaths = map(int, found.stdout.split())
     assert len(pids) == 2
+    assert deaths == 0
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "workers are still there"
