@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dppo_fast.algorithms.diffusion_q import DiffusionQ, DiffusionQConfig
 from dppo_fast.algorithms.parts import Parts
+from dppo_fast.policies.base import inverse_transform
 from dppo_fast.replay import Transitions
 from dppo_fast.types import Act, Obs, require_ranges
 
@@ -69,8 +70,8 @@ class IDQL(DiffusionQ):
         q = self.target_value(_repeat(obs, M), candidates.flatten(0, 1)).view(M, N)
         if uniform is None or not self.config.use_expectile_exploration:
             return q.argmax(0)
-        weights = expectile_weights(q - self.state_value(obs), self.config.exploration_expectile).cumsum(0)
-        return (weights < uniform * weights[-1]).sum(0)
+        weights = expectile_weights(q - self.state_value(obs), self.config.exploration_expectile)
+        return inverse_transform(weights.t(), uniform)
 
     def critic_draws(self) -> dict[str, Tensor]:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dppo_fast.diffusion.sampler import DenoisingNetwork
@@ -23,7 +24,7 @@ def denoising_errors(
 
     The time part is computed for all K timesteps and gathered: K rows instead of B.
     """
-    all_times = network.time_table(schedule.sqrt_alphas_cumprod.new_ones(schedule.denoising_steps).cumsum(0) - 1)
+    all_times = network.time_table(torch.arange(schedule.denoising_steps, dtype=noise.dtype, device=noise.device))
     prediction = network.denoise(schedule.add_noise(action, t, noise), all_times[t], network.encode_obs(obs))
     return (prediction - (noise if predict_epsilon else action)).square().mean((1, 2))
 

@@ -99,3 +99,14 @@ class Policy(nn.Module, ABC):
         """Standard normal draws on the policy's device."""
         device = next(self.parameters()).device
         return torch.randn(shape, generator=self.generator, device=device)
+
+
+def inverse_transform(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Indices [...] in proportion to ``weights`` [..., M], decided by numbers ``uniform`` [...] in [0, 1].
+
+    The sums are not `Tensor.cumsum`, which PyTorch refuses on CUDA where algorithms have to be deterministic.
+    """
+    M = weights.shape[-1]
+    upto = torch.ones(M, M, dtype=torch.bool, device=weights.device).tril()
+    sums = torch.where(upto, weights[..., None, :], 0).sum(-1)
+    return (sums[..., :-1] < uniform[..., None] * sums[..., -1:]).sum(-1)

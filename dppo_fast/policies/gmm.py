@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dppo_fast.kernels.denoise_step import gaussian_log_density
+from dppo_fast.policies.base import inverse_transform
 from dppo_fast.policies.gaussian import DensityPolicy, Draw, gaussian_entropy
 
 Mixture = tuple[Tensor, Tensor, Tensor]
@@ -22,8 +23,7 @@ class GMMPolicy(DensityPolicy):
     def sample(self, density: Mixture, draw: Draw, deterministic: bool = False) -> Tensor:
         mean, std, logits = density
         noise = draw(2).flatten(2)
-        uniform = torch.special.ndtr(noise[0, :, :1])
-        mode = (uniform > logits.softmax(-1).cumsum(-1)[:, :-1]).sum(-1)
+        mode = inverse_transform(logits.softmax(-1), torch.special.ndtr(noise[0, :, 0]))
         row = torch.arange(len(mode), device=mode.device)
         mean, std = mean[row, mode], std[row, mode]
         return mean if deterministic else mean + std * self._bounded(noise[1])

@@ -12,6 +12,7 @@ from dppo_fast.buffer import RolloutBuffer
 from dppo_fast.kernels.denoise_step import LOG_PROB_RANGE
 from dppo_fast.networks.gmm import GMMMLP
 from dppo_fast.networks.transformer import GMMTransformer
+from dppo_fast.policies.base import inverse_transform
 from dppo_fast.policies.gaussian import GaussianConfig
 from dppo_fast.policies.gmm import GMMPolicy
 from dppo_fast.types import NoiseStream, Obs
@@ -107,6 +108,13 @@ def test_modes_are_drawn_by_their_weights() -> None:
     share = torch.bincount(mode, minlength=M) / n
     torch.testing.assert_close(share, weights, rtol=0, atol=0.01)
     assert share[1] == 0
+
+
+@pytest.mark.parametrize(("uniform", "index"), [(0.0, 0), (0.2, 0), (0.3, 2), (0.62, 2), (0.63, 3), (1.0, 3)])
+def test_inverse_transform(uniform: float, index: int) -> None:
+    """By weights that do not add up to 1, of which one is 0."""
+    weights = torch.tensor([[2.0, 0, 3, 3], [0, 0, 0, 1]])
+    assert inverse_transform(weights, torch.full((2,), uniform)).tolist() == [index, 3 if uniform else 0]
 
 
 def test_an_env_decides_the_same_in_every_batch(policy: GMMPolicy) -> None:
