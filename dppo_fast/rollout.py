@@ -156,7 +156,8 @@ class Collector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.obs = self.env.load_state_dict(state["env"])
-        self.first = state["first"].to(self.obs["state"].device)
+        first = state["first"].to(self.obs["state"].device)
+        self.first = torch.ones_like(first) if getattr(self.env, "restarted", False) else first
         self.statistics.load_state_dict(state["statistics"])
 
 

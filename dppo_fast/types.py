@@ -96,7 +96,9 @@ class VecEnv(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Obs:
-        """Return to the saved moment and give the observation there."""
+        """Return to the saved moment and give the observation there. An env that cannot starts fresh episodes and has
+        an attribute ``restarted``, which is True then.
+        """
         ...
 
     def close(self) -> None: ...

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -208,6 +209,39 @@ class TestCollector:
         statistics = self.collector.collect(self.buffer, deterministic=True)
         assert statistics["episodes"] == 6
         assert self.buffer.record["memory"].equal(before)
+
+
+class RestoredEnv(CountingEnv):
+    """Comes back to the same moment, or starts fresh episodes."""
+
+    def __init__(self, restarted: bool) -> None:
+        super().__init__(reuse=False)
+        self.restarted = restarted
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"t": self.t, "age": self.age.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> Obs:
+        self.t, self.age = state["t"], state["age"].clone()
+        return self.reset() if self.restarted else self._obs()
+
+
+@pytest.mark.parametrize(
+    ("restarted", "steps", "returns"),
+    [
+        (False, 1, [30 + 40, 12 + 22 + 32 + 42]),  # of envs 0 and 2
+        (True, 3, [40 + 50, 41 + 51 + 61]),  # of envs 0 and 1
+    ],
+)
+def test_what_a_restored_env_cannot_continue_is_not_counted(restarted: bool, steps: int, returns: list[float]) -> None:
+    first, second = (Collector(RestoredEnv(restarted), EchoActor(), EpisodeStatistics(3, 2, 0.0)) for _ in range(2))
+    first.reset()
+    first.collect(RolloutBuffer(3, 3))
+    second.load_state_dict(deepcopy(first.state_dict()))
+    buffer = RolloutBuffer(steps, 3)
+    statistics = second.collect(buffer)
+    assert buffer.first[0].tolist() == [restarted, True, restarted]
+    assert (statistics["episodes"], statistics["return"]) == (2, np.mean(returns))
 
 
 def test_the_buffer_follows_a_record_that_changes_its_shape() -> None:

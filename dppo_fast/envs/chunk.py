@@ -66,7 +66,7 @@ class ChunkEnv:
         self.act_steps = act_steps
         self.max_episode_steps = max_episode_steps
         self.normalization = normalization
-        self.nan_count = 0
+        self.nan_count, self.restarted = 0, False
         self.observer: Callable[[Ids], object] | None = None  # told of every simulator step which envs made it
         self._simulator = simulator
         self._seed = seed
@@ -197,7 +197,8 @@ class ChunkEnv:
         self._seed, self.nan_count = state["seed"], state["nan_count"]
         self._log.load_state_dict(state["episodes"])
         replayed = self._log.replay(self._simulator, self._seed)
-        if not all(np.array_equal(value, history[name][:, -1]) for name, value in replayed.items()):
+        self.restarted = not all(np.array_equal(value, history[name][:, -1]) for name, value in replayed.items())
+        if self.restarted:
             logger.warning("this simulator cannot be brought back to its saved state exactly: starting fresh episodes")
             return self.reset()
         self._elapsed = self._log.lengths * self.act_steps

@@ -124,7 +124,7 @@ class FurnitureVecEnv:
         obs_dim = state_dim(task_id)
         self.obs_shapes: ObsShapes = {"state": (config.obs_steps, obs_dim)}
         self.normalization = normalization
-        self.nan_count = 0
+        self.nan_count, self.restarted = 0, False
         self._simulator, self._device, self._seed, self._started = simulator, device, seed, False
         self._time_limit_terminates = config.time_limit_terminates
         self._read_normalization()
@@ -177,7 +177,7 @@ class FurnitureVecEnv:
     def load_state_dict(self, state: dict[str, Any]) -> Obs:
         """Start fresh episodes, which is said once in the log."""
         logger.warning("IsaacGym cannot be brought back to a saved state: starting fresh episodes")
-        self._seed, self.nan_count = state["seed"], state["nan_count"]
+        self._seed, self.nan_count, self.restarted = state["seed"], state["nan_count"], True
         self.normalization.load_state_dict(state["normalization"])
         self._read_normalization()
         return self.reset()

@@ -200,6 +200,8 @@ def test_a_simulator_that_cannot_be_restored_starts_fresh_episodes(caplog: pytes
     with caplog.at_level(logging.WARNING):
         obs = restored.load_state_dict(env.state_dict())
     assert "fresh episodes" in caplog.text
+    assert restored.restarted
+    assert not env.restarted
     assert obs["state"][:, -1].tolist() == [[1, 0, 0]] * 2
 
 
