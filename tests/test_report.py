@@ -110,6 +110,11 @@ def test_the_band_of_one_run_is_its_evaluations_interval() -> None:
     band = group.band("iteration", "eval/return")
     assert band is not None
     np.testing.assert_allclose([band.low, band.high], [[8.04] * 2, [11.96] * 2])
+    unevaluated = made([{"iteration": 0}], seed=1)
+    (both,) = group_runs([unevaluated, made(metrics)])
+    band = both.band("iteration", "eval/return")
+    assert band is not None
+    np.testing.assert_allclose([band.low, band.high], [[8.04] * 2, [11.96] * 2])
     (without,) = group_runs([made([{**metrics[0], "eval/episodes": None or np.nan}])])
     band = without.band("iteration", "eval/return")
     assert band is not None

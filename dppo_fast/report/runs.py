@@ -109,7 +109,8 @@ class Group:
             return None
         if len(curves) == 1:
             steps, mean = curves[0]
-            _, _, std, episodes = self.runs[0].curve(x, key, f"{key}_std", f"{key.partition('/')[0]}/episodes")
+            (run,) = (run for run in self.runs if run.curve(x, key).size)
+            _, _, std, episodes = run.curve(x, key, f"{key}_std", f"{key.partition('/')[0]}/episodes")
             error = 1.96 * std / np.sqrt(episodes) if std.shape == mean.shape else np.zeros_like(mean)
             return Band(steps, mean, mean - error, mean + error)
         first, last = max(curve[0, 0] for curve in curves), min(curve[0, -1] for curve in curves)
