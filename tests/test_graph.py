@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dppo_fast.build import pick_device
 from dppo_fast.runtime.graph import GraphedFunction, use_graphs
 from dppo_fast.types import NoiseStream, UserError
 from tests.small import algorithm, diffusion_policy, gaussian_policy, observations, rollout, weights
@@ -37,6 +38,18 @@ def test_wrong_modes_are_refused() -> None:
         use_graphs("maybe", CPU)
     with pytest.raises(UserError, match="graphs=on: CUDA graphs need a CUDA device, and this run is on cpu"):
         use_graphs("on", CPU)
+
+
+def test_a_device_by_its_index_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and graphs run there."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("cuda") == CUDA
+    assert not current
+    assert [pick_device("cuda:1")] == current
+    with pytest.raises(UserError, match="device=cuda:2: this machine has 2 CUDA devices"):
+        pick_device("cuda:2")
 
 
 def test_without_graphs_a_call_is_a_call() -> None:
@@ -102,3 +115,15 @@ def test_another_shape_is_another_graph() -> None:
     assert len(function.captured) == 2
     function.forget()
     assert not function.captured
+
+
+@pytest.mark.gpu
+def test_capturing_leaves_the_random_state_alone() -> None:
+    """Dropout's, which a resumed run, that captures again, would otherwise find elsewhere."""
+    function = GraphedFunction(lambda inputs, key: torch.dropout(inputs["x"], 0.5, True), enabled=True)
+    states = []
+    for _ in range(2):  # captured in the first one
+        torch.cuda.manual_seed(0)
+        function({"x": torch.ones(8, device="cuda")}, None)
+        states.append(torch.cuda.get_rng_state())
+    assert torch.equal(*states)

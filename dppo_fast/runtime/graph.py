@@ -86,13 +86,17 @@ class GraphedFunction(Generic[Key, Out]):
         static = {name: value.detach().clone() for name, value in inputs.items()}
         for name, value in self.idle.items():
             static[name].fill_(value)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self.function(static, key)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self.function(static, key)
+        device = next(iter(static.values())).device
+        with torch.cuda.device(device):
+            random = torch.cuda.get_rng_state(device)  # of dropout
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self.function(static, key)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.set_rng_state(random, device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.function(static, key)
         return _Captured(graph, static, output)
