@@ -209,7 +209,9 @@ def parse(node: Any) -> RunConfig:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises UserError for a device that this machine lacks."""
+    """``auto`` is CUDA where there is one. ``cuda:<index>`` becomes PyTorch's current device, on which kernels and
+    graphs run. Raises UserError for a device that this machine lacks.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -220,6 +222,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device={name} is not supported; choose auto, cpu, cuda or cuda:<index>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; choose auto or cpu")
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -336,10 +340,13 @@ def load_trained(policy: Policy, weights: PolicyWeights) -> None:
             load_weights(policy.eta, weights.eta, weights.source)
         if weights.interface is not None:
             policy.ft_steps = int(weights.interface["ft_steps"])
+            policy.min_sampling_std = float(weights.interface.get("min_sampling_std", policy.min_sampling_std))
 
 
-def env_config(config: RunConfig, num_envs: int | None = None) -> EnvConfig:
-    """The environment's configuration, chunk lengths taken from the task."""
+def env_config(config: RunConfig, num_envs: int | None = None, normalized: bool = False) -> EnvConfig:
+    """The environment's configuration, chunk lengths taken from the task. Where the caller has its normalisation
+    (``normalized``), the file that it was read from is not looked for.
+    """
     if config.env is None:
         raise UserError("env is missing: this configuration has no environment")
     task = config.task
@@ -354,6 +361,8 @@ def env_config(config: RunConfig, num_envs: int | None = None) -> EnvConfig:
     if config.compat == "reference":
         node["time_limit_terminates"] = True
     result = typed(EnvConfig, node, "env")
+    if normalized:
+        return result
     with naming("env.normalization"):
         return replace(result, normalization=resolve_path(result.normalization))
 
@@ -555,13 +564,20 @@ def interface_of(
     """What a checkpoint tells, as ``interface``, to those who only use its policy, and the ``judges`` of what it
     proposes.
     """
-    return lambda: {
-        "obs_shapes": dict(obs_shapes),
-        "action_dim": policy.action_dim,
-        "ft_steps": policy.ft_steps if isinstance(policy, DiffusionPolicy) else policy.decisions,
-        "normalization": None if normalization is None else normalization.state_dict(),
-        "judges": list(judges),
-    }
+
+    def interface() -> dict[str, Any]:
+        chain: dict[str, Any] = {"ft_steps": policy.decisions}
+        if isinstance(policy, DiffusionPolicy):
+            chain = {"ft_steps": policy.ft_steps, "min_sampling_std": policy.min_sampling_std}
+        return {
+            "obs_shapes": dict(obs_shapes),
+            "action_dim": policy.action_dim,
+            **chain,
+            "normalization": None if normalization is None else normalization.state_dict(),
+            "judges": list(judges),
+        }
+
+    return interface
 
 
 @dataclass(frozen=True)
@@ -578,7 +594,7 @@ class LoadedPolicy:
     source: str
 
     def make_env(self, num_envs: int, device: torch.device, seed: int, act_steps: int | None = None) -> VecEnv:
-        settings = env_config(self.config, num_envs)
+        settings = env_config(self.config, num_envs, normalized=self.normalization is not None)
         if act_steps is not None:
             settings = replace(settings, act_steps=act_steps)
         return make_env(settings, device, seed, self.normalization, training=False)
@@ -609,7 +625,8 @@ def policy_of(weights: PolicyWeights, device: torch.device) -> LoadedPolicy:
 def _judged(
     config: RunConfig, policy: Policy, weights: PolicyWeights, obs_shapes: ObsShapes, device: torch.device
 ) -> Actor:
-    """The algorithm's way to decide, with the critics of the checkpoint."""
+    """The algorithm's way to decide, with the critics of the checkpoint; how they were trained is of no account."""
+    config = replace(config, graphs="off", precision="fp32")
     cls, schema = ALGORITHMS[config.algorithm["name"]]
     assert issubclass(cls, OffPolicy)
     options: Any = typed(schema, _options(config.algorithm), "algorithm")

@@ -16,6 +16,7 @@ from dppo_fast.build import LoadedPolicy, pick_device
 from dppo_fast.build import load_policy as load_checkpoint
 from dppo_fast.envs.normalize import BoundedMinMax, MinMax, Normalization, Running
 from dppo_fast.policies.diffusion import DiffusionPolicy
+from dppo_fast.policies.probability_flow import FlowPolicy
 from dppo_fast.types import NoiseStream, Obs, UserError
 
 Array: TypeAlias = NDArray[np.generic]
@@ -122,6 +123,8 @@ class WholeChain(nn.Module):
         super().__init__()
         if not isinstance(deployed.policy, DiffusionPolicy):
             raise UserError(f"{type(deployed.policy).__name__} has no denoising chain; give a diffusion policy")
+        if isinstance(deployed.policy, FlowPolicy):
+            raise UserError("FlowPolicy decides by its probability flow, and a graph would be its denoising chain")
         if deployed.judged:
             raise UserError("critics choose among several of its chains, and a graph would be a single one")
         self.deployed = deployed

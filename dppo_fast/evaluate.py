@@ -147,7 +147,7 @@ def evaluate(config: EvaluateConfig, run: Mapping[str, Any] | None = None) -> li
     first: dict[tuple[str, str], NDArray[np.float64]] = {}
     with Progress(transient=True) as progress:
         for (number, (checkpoint, loaded)), deterministic in product(enumerate(policies.items(), start=1), modes):
-            policy, task, env = loaded.policy, loaded.config.task, env_config(loaded.config).id
+            policy, task, env = loaded.policy, loaded.config.task, env_config(loaded.config, normalized=True).id
             mode = "deterministic" if deterministic else "stochastic"
             bar = progress.add_task(f"{checkpoint}, {mode}", total=config.episodes)
             evaluator = Evaluator(

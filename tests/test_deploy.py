@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -22,6 +23,7 @@ from dppo_fast.deploy import Units, WholeChain
 from dppo_fast.envs.normalize import BoundedMinMax, Identity, MinMax, Normalization, Running
 from dppo_fast.export import main as export
 from dppo_fast.latency import main as latency
+from dppo_fast.policies.diffusion import DiffusionPolicy
 from dppo_fast.trainer import Trainer
 from dppo_fast.types import NoiseStream, UserError
 from tests.runs import BC, DPPO, PPO, demonstrations, train
@@ -34,7 +36,9 @@ CLOSE = Tolerance(relative=1e-5)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A fine-tuned and a pre-trained diffusion policy, one with a U-Net, and a Gaussian with running normalisation."""
+    """A fine-tuned and a pre-trained diffusion policy, one with a U-Net, one that decides by its probability flow, and
+    a Gaussian with running normalisation.
+    """
     folder = tmp_path_factory.mktemp("runs")
     data = demonstrations(folder / "data.npz")
     short = ["train.n_train_itr=1", "train.val_freq=0"]
@@ -42,6 +46,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "fine-tuned": DPPO,
         "pre-trained": [*BC, f"data.path={data}"],
         "unet": [*DPPO, *UNET],
+        "flow": [
+            "cfg=gym/finetune/hopper-v2/ft_ppo_exact_diffusion_mlp",
+            *DPPO[1:],
+            "policy.options.sde_step_size=0.5",
+        ],
         "gaussian": PPO,
     }
     for name, arguments in commands.items():
@@ -77,7 +86,7 @@ def test_units_are_those_of_the_normalization(make: Callable[[], Normalization |
     np.testing.assert_allclose(raw_action, expected[1], rtol=2e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fine-tuned", "pre-trained", "unet", "gaussian"])
+@pytest.mark.parametrize("name", ["fine-tuned", "pre-trained", "unet", "flow", "gaussian"])
 def test_acts_as_in_its_environment(runs: dict[str, Path], name: str) -> None:
     """Raw actions for raw observations are what the environment executes for the policy's own."""
     loaded = load_checkpoint(runs[name], torch.device("cpu"))
@@ -154,6 +163,45 @@ def test_acts_as_in_evaluation(judged: dict[str, Trainer], name: str, published:
     torch.testing.assert_close(loaded.actor.act({"state": state}, True).action, decisions[0])
 
 
+@pytest.mark.parametrize("trained", [{"graphs": "on"}, {"precision": "tf32"}])
+def test_critics_choose_on_another_device_than_they_were_trained_on(
+    judged: dict[str, Trainer], trained: dict[str, str], tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.load(find(judged["idql"].run))
+    replace(checkpoint, config={**checkpoint.config, **trained}).save(tmp_path / "on_a_gpu.safetensors")
+    state = torch.randn(4, 1, 11)
+    torch.testing.assert_close(
+        load_policy(tmp_path / "on_a_gpu.safetensors", "cpu").act(state),
+        load_policy(judged["idql"].run, "cpu").act(state),
+    )
+
+
+def test_an_annealed_std_is_the_checkpoints(tmp_path: Path) -> None:
+    diffusion = {"name": "diffusion", "network": {"name": "diffusion_mlp"}}
+    options = {"denoising_steps": 4, "min_sampling_denoising_std": 0.4}
+    trainer = small_run("rwr", {**diffusion, "options": options}, tmp_path / "annealed")
+    policy = trainer.algorithm.modules()["policy"]
+    assert isinstance(policy, DiffusionPolicy)
+    policy.set_min_sampling_std(0.05)
+    trainer.save()
+    loaded = load_checkpoint(trainer.run, torch.device("cpu")).policy
+    assert isinstance(loaded, DiffusionPolicy)
+    assert loaded.min_sampling_std == 0.05
+
+
+def test_a_checkpoint_needs_no_file_of_its_normalisation(
+    judged: dict[str, Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would otherwise be looked for, and downloaded where it is one of the published ones."""
+    checkpoint = Checkpoint.load(find(judged["idql"].run))
+    named = {**checkpoint.config["env"], "normalization": "data/gym/hopper-medium-v2/normalization.npz"}
+    replace(checkpoint, config={**checkpoint.config, "env": named}).save(tmp_path / "policy.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dppo_fast.config.fetch", None)
+    loaded = load_checkpoint(tmp_path / "policy.safetensors", torch.device("cpu"))
+    loaded.make_env(1, torch.device("cpu"), seed=0).close()
+
+
 def test_what_critics_choose_is_no_graph(judged: dict[str, Trainer], capsys: pytest.CaptureFixture[str]) -> None:
     assert export([f"checkpoint={judged['idql'].run}", "out=policy.pt2"]) == 2
     assert re.match("error: checkpoint: critics choose among several of its chains", capsys.readouterr().err)
@@ -212,6 +260,17 @@ def test_latency(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> N
     assert 0 < float(found[1]) <= float(found[2])
 
 
+@pytest.mark.parametrize("name", ["fine-tuned", "unet"])
+def test_what_is_exported_decides_as_the_policy(
+    runs: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployed = load_policy(runs[name], "cpu")
+    chain = WholeChain(deployed)
+    noise, state = chain.example(1)
+    monkeypatch.setattr(deployed.policy, "draw_noise", lambda batch, draws: noise[:draws])
+    CLOSE.check(chain(noise, state), deployed.act(state))
+
+
 def inputs(chain: WholeChain, batch: int) -> tuple[torch.Tensor, ...]:
     """Others than those that the export itself compares."""
     return tuple(value.flip(-1) for value in chain.example(batch))
@@ -258,6 +317,7 @@ def test_compiled_program(runs: dict[str, Path], tmp_path: Path) -> None:
         ("fine-tuned", ["out=policy.trt"], "out=policy.trt: the name must end with .onnx or .pt2"),
         ("fine-tuned", ["out=policy.onnx", "aot=true"], "aot=true compiles a .pt2 program, out=policy.onnx is none"),
         ("gaussian", ["out=policy.pt2"], "checkpoint: GaussianPolicy has no denoising chain"),
+        ("flow", ["out=policy.pt2"], "checkpoint: FlowPolicy decides by its probability flow"),
         ("nothing", ["out=policy.pt2"], "checkpoint: .*no such checkpoint"),
     ],
 )
