@@ -138,7 +138,7 @@ def _check_grammar(file: Path) -> None:
         defaults = content.get("defaults", []) if isinstance(content, DictConfig) else []
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file}: not a readable configuration: {' '.join(str(error).split())}") from error
-    if not (isinstance(defaults, ListConfig) and all(isinstance(entry, str | DictConfig) for entry in defaults)):
+    if not (isinstance(defaults, list | ListConfig) and all(isinstance(entry, str | DictConfig) for entry in defaults)):
         raise UserError(f"{file}: defaults={defaults} must be a list of configurations, as in [quickstart, _self_]")
 
 
