@@ -48,20 +48,24 @@ class CosineWarmup:
 
     def step(self) -> None:
         self.steps += 1
+        self._apply(self._rate())
+
+    def _rate(self) -> float:
         c = self.config
         s = self.steps % c.first_cycle_steps
         if s < c.warmup_steps:
             share = s / c.warmup_steps
         else:
             share = (1 + math.cos(math.pi * (s - c.warmup_steps) / (c.first_cycle_steps - c.warmup_steps))) / 2
-        self._apply(c.min_lr + (self.max_lr - c.min_lr) * share)
+        return c.min_lr + (self.max_lr - c.min_lr) * share
 
     def state_dict(self) -> dict[str, float]:
         return {"steps": self.steps, "lr": self.lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A rate that is configured anew holds at once."""
         self.steps = int(state["steps"])
-        self._apply(float(state["lr"]))
+        self._apply(self._rate() if self.steps else self.config.min_lr)
 
     def _apply(self, lr: float) -> None:
         self.lr = lr

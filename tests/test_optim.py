@@ -40,6 +40,15 @@ def test_without_warm_up_the_first_rate_is_the_lowest_all_the_same() -> None:
     assert rates(Trainable(parameters(), 1.0, LRConfig(10, 0, 0.1)), 1)[0] == 0.1
 
 
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_a_rate_that_is_configured_anew_holds_at_once(steps: int) -> None:
+    old, new, expected = (Trainable(parameters(), rate, LRConfig(10, 2, 0.01)) for rate in (1.0, 0.5, 0.5))
+    rates(old, steps)
+    new.schedule.load_state_dict(old.schedule.state_dict())
+    assert new.schedule.lr == rates(expected, steps)[-1]
+    assert rates(new, 5) == rates(expected, 5)
+
+
 def test_a_skipped_step_changes_nothing() -> None:
     """Neither the parameters nor AdamW's moments and step count, the first step and its allocation included."""
     trainable, reference = (Trainable(parameters(), 1.0, CYCLE, weight_decay=0.1) for _ in range(2))
