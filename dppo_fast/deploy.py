@@ -86,20 +86,23 @@ class DeployedPolicy(nn.Module):
         """The next actions [Ta, Da] for a raw observation: a state [To, Do], or such by name with images [To, C, H, W].
 
         A leading batch dimension is kept. NumPy gives NumPy; a tensor gives a tensor on its device; float32 both.
-        Raises UserError where the observation has other names or shapes than ``obs_shapes``.
+        Raises UserError where the observation has other names or shapes than ``obs_shapes``, and for NaN and Inf, which
+        are looked for on the CPU.
         """
         named: Mapping[str, Tensor | Array] = obs if isinstance(obs, Mapping) else {"state": obs}
         if named.keys() != self.obs_shapes.keys():
             raise UserError(f"the observation holds {sorted(named)}, the policy takes {sorted(self.obs_shapes)}")
         state = named["state"]
-        single = len(state.shape) == len(self.obs_shapes["state"])
+        tensors = {name: torch.as_tensor(value) for name, value in named.items()}
+        single = tensors["state"].dim() == len(self.obs_shapes["state"])
         inputs: Obs = {}
-        for name, value in named.items():
+        for name, value in tensors.items():
             given, expected = tuple(value.shape if single else value.shape[1:]), tuple(self.obs_shapes[name])
             if given != expected:
                 raise UserError(f"the observation's {name!r} has shape {list(value.shape)}, expected {list(expected)}")
-            tensor = torch.as_tensor(value, device=self.device)
-            inputs[name] = tensor[None] if single else tensor
+            if value.device.type == "cpu" and not value.isfinite().all():
+                raise UserError(f"the observation's {name!r} holds NaN or Inf")
+            inputs[name] = (value[None] if single else value).to(self.device)
         action = self.raw(self.decide(self.normalized(inputs), deterministic=True).action)
         action = action[0] if single else action
         return action.to(state.device) if isinstance(state, Tensor) else action.cpu().numpy()

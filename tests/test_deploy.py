@@ -207,6 +207,21 @@ def test_what_critics_choose_is_no_graph(judged: dict[str, Trainer], capsys: pyt
     assert re.match("error: checkpoint: critics choose among several of its chains", capsys.readouterr().err)
 
 
+def test_lists_give_numpy(runs: dict[str, Path]) -> None:
+    policy = load_policy(runs["fine-tuned"], "cpu")
+    action = policy.act([[0.0] * 11])  # type: ignore[call-overload]
+    policy.policy.noise = NoiseStream(0)
+    np.testing.assert_array_equal(action, policy.act(np.zeros((1, 11))))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_robot_moves_by_nan(runs: dict[str, Path], value: float) -> None:
+    state = np.zeros((1, 11))
+    state[0, 3] = value
+    with pytest.raises(UserError, match="the observation's 'state' holds NaN or Inf"):
+        load_policy(runs["fine-tuned"]).act(state)
+
+
 def test_numpy_gives_numpy_and_torch_torch(runs: dict[str, Path]) -> None:
     states = np.random.default_rng(0).normal(size=(3, 1, 11)).astype(np.float32)
     actions = [load_policy(runs["fine-tuned"]).act(x) for x in (states, torch.tensor(states), {"state": states})]
