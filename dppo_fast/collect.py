@@ -71,9 +71,11 @@ def collect(config: CollectConfig) -> dict[str, float]:
 
     from dppo_fast.build import pick_device
     from dppo_fast.data.trajectories import TrajectoryRecorder
+    from dppo_fast.runtime.files import require_free
 
-    env, decide = (_trained if config.scripted is None else _scripted)(config, pick_device(config.device))
     out = Path(config.out)
+    require_free(out / "train.npz")
+    env, decide = (_trained if config.scripted is None else _scripted)(config, pick_device(config.device))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from dppo_fast.types import UserError
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -39,3 +41,9 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_free(path: Path) -> None:
+    """Raise UserError where there is a file already, which would be lost."""
+    if path.exists():
+        raise UserError(f"out={path.parent} holds {path.name} already; choose another directory, or remove it")
