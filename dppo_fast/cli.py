@@ -223,6 +223,8 @@ def hydra_main(task: Callable[[DictConfig], object], arguments: Sequence[str], u
             print_list([argument for argument in arguments if argument != "--list"])
             return
         source = config_source(arguments)
+        if {"--multirun", "-m"}.intersection(arguments):
+            _require_own_folders(arguments)
         with TemporaryDirectory() as scratch:  # Hydra describes a --multirun there
             defaults = [*HYDRA_DEFAULTS, f"hydra.sweep.dir={scratch}"]
             try:
@@ -236,6 +238,16 @@ def hydra_main(task: Callable[[DictConfig], object], arguments: Sequence[str], u
                 raise
 
     return guarded(run)
+
+
+def _require_own_folders(arguments: Sequence[str]) -> None:
+    """Of the jobs of a --multirun, before the first one starts."""
+    for folder in (argument.removeprefix("logdir=") for argument in arguments if argument.startswith("logdir=")):
+        if not any(mark in folder for mark in ("${", ",")):
+            example = f"logdir='{folder}/${{seed}}'"
+            raise UserError(
+                f"logdir={folder}: every job of a --multirun needs its own, as {example} gives; or leave it out"
+            )
 
 
 def _compose(task: Callable[[DictConfig], object], arguments: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """python -m dppo_fast.train cfg=<name> [key=value ...]: pre-train or fine-tune a policy.
 
 resume=<run directory> continues a run exactly, from its last checkpoint or with resume_from=previous from the one
-before; cfg=<file>.yaml takes a configuration of your own, or a run's config.yaml to repeat it.
+before; cfg=<file>.yaml takes a configuration of your own, or, with another logdir=, a run's config.yaml to repeat it.
 --list [pattern] shows what there is for cfg=, --cfg job a configuration; --multirun sweeps (seed=1,2), cfg=<name>
 --help explains both. dry_run=true builds everything, tells its sizes and how long an iteration will take, and stops.
 """
@@ -50,7 +50,11 @@ def train(node: DictConfig) -> None:
     set_profile(config.profile)
     run = Path(config.resume or config.logdir)
     content |= {"resume": None, "resume_from": "latest", "logdir": str(run)}
-    if config.resume is None and (run / "config.yaml").exists():
+    if config.resume is not None:
+        kept = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "seed")
+        if config.seed != kept:
+            raise UserError(f"seed={config.seed}: the run has seed {kept}, with which alone it can go on; leave it out")
+    elif (run / "config.yaml").exists() and not config.dry_run:
         raise UserError(f"logdir={run} holds a run already; choose another, or continue it with resume={run}")
     trainer = build_trainer(config, run, content)
     if config.dry_run:
@@ -58,6 +62,8 @@ def train(node: DictConfig) -> None:
         return
     if config.resume is not None and checkpoints(run):
         trainer.restore(find(run, config.resume_from))
+        if trainer.iteration >= config.train.n_train_itr:
+            print(f"{run} is at iteration {trainer.iteration}, its last; train.n_train_itr=<more> lets it go on")
     first_row = None if config.resume is None else trainer.next_row
     traced = config.profile_iterations if config.profile == "torch" else []
     with (

@@ -118,7 +118,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("resume={not_a_run}", "not a run directory, it holds no config.yaml"),
         ("cfg=quickstart resume={not_a_run}", "not a run directory"),
         ("resume={run} train.n_stps=1", "train.n_stps is unknown; nearest: train.n_steps,"),
-        ("resume={gaussian} env.num_envs=2", "this configuration"),
+        ("resume={gaussian} env.num_envs=2", "env.num_envs=2: the run has 3, with which alone it can go on"),
+        ("resume={gaussian} seed=7", "seed=7: the run has seed 42, with which alone it can go on"),
+        ("cfg=quickstart logdir=runs/x --multirun seed=0,1", "logdir=runs/x: every job of a --multirun needs its own"),
         ("resume={gaussian} policy.network.mlp_dims=[9]", r"has shape \[8\], this configuration needs \[9\]"),
         ("resume={gaussian} algorithm.reward_scale_running=true", "holds no state of 'reward_scaler'"),
         ("resume={gaussian} resume_from=first", "resume_from=first is unknown"),
@@ -359,6 +361,16 @@ def test_a_recording_that_finds_too_little_says_so(
     assert collect([f"checkpoint={files['gaussian']}", f"out={tmp_path}", "num_envs=2", "max_steps=50"]) == 2
     assert re.fullmatch(r"error: max_steps=50: only [0-9]+ steps .*\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recording_is_not_written_over(
+    files: dict[str, Path], fails_with: FailsWith, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "train.npz").write_bytes(b"hours of work")
+    message = r"out=.* holds train\.npz already; choose another directory, or remove it"
+    fails_with(lambda: collect([f"checkpoint={files['gaussian']}", f"out={folder}"]), message)
+    assert (folder / "train.npz").read_bytes() == b"hours of work"
 
 
 @pytest.mark.parametrize(

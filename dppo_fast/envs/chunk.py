@@ -187,6 +187,11 @@ class ChunkEnv:
         start. Raises UserError where the state belongs to an env of other sizes.
         """
         history = {name: value.cpu().numpy() for name, value in state["history"].items()}
+        if (envs := len(history["state"])) != self.num_envs:
+            raise UserError(
+                f"env.num_envs={self.num_envs}: the run has {envs}, with which alone it can go on; "
+                "policy.checkpoint=<run> starts another one from its policy"
+            )
         saved, own = ({name: value.shape for name, value in h.items()} for h in (history, self._history))
         if (saved, state["act_steps"]) != (own, self.act_steps):
             raise UserError(
