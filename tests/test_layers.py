@@ -57,7 +57,7 @@ ALLOWED = {
     "algorithms.awr": "advantage algorithms.off_policy algorithms.parts algorithms.weighted kernels replay types torch",
     "algorithms.diffusion_q": "algorithms.off_policy algorithms.parts algorithms.weighted policies replay types torch",
     "algorithms.dipo": "algorithms.diffusion_q algorithms.parts replay types torch",
-    "algorithms.idql": "algorithms.diffusion_q algorithms.parts replay types torch",
+    "algorithms.idql": "algorithms.diffusion_q algorithms.parts policies replay types torch",
     "algorithms.dql": "algorithms.diffusion_q algorithms.parts replay types torch",
     "algorithms.qsm": "algorithms.diffusion_q algorithms.parts replay types torch",
     "algorithms.exact_ppo": "algorithms.base algorithms.ppo policies types",
