@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 from dppo_fast.types import UserError
 
 DRAW = "import mujoco; mujoco.GLContext(8, 8).make_current()"
-HINT = "install EGL (Debian: libegl1 libopengl0) or OSMesa (libosmesa6)"
+PACKAGES = {"egl": "EGL (Debian: libegl1 libopengl0)", "osmesa": "OSMesa (Debian: libosmesa6)"}
 
 
 @cache
@@ -25,6 +27,8 @@ def headless_gl() -> str | None:
             if subprocess.run([sys.executable, "-c", DRAW], env=environment, capture_output=True).returncode == 0:
                 os.environ["MUJOCO_GL"] = name
                 break
+    if find_spec("triton"):
+        import_module("triton")  # it crashes when it comes after software OpenGL, whose LLVM is another
     return os.environ.get("MUJOCO_GL")
 
 
@@ -33,7 +37,8 @@ def require_gl(what: str, *kinds: str) -> None:
     found = headless_gl()
     if found is None or (kinds and found not in kinds):
         tried = f"found only {found}" if found else "found neither EGL nor OSMesa"
-        raise UserError(f"{what} cannot be drawn without a screen: {tried}; {HINT}")
+        install = " or ".join(PACKAGES[kind] for kind in kinds or PACKAGES)
+        raise UserError(f"{what} cannot be drawn without a screen: {tried}; install {install}")
 
 
 def expose_egl() -> None:

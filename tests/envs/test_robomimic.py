@@ -28,9 +28,9 @@ from dppo_fast.types import Obs, UserError
 from tests.envs.toy import random_actions
 from tests.runs import train
 
+has_gl = pytest.mark.skipif(gl.headless_gl() not in ("egl", "osmesa"), reason="has neither EGL nor OSMesa")
 pytest.importorskip("robosuite", reason="needs pip install 'dppo-fast[robomimic]'")
 
-has_gl = pytest.mark.skipif(gl.headless_gl() not in ("egl", "osmesa"), reason="has neither EGL nor OSMesa")
 IMAGES = {"cameras": ["agentview", "robot0_eye_in_hand"], "image_size": [48, 64]}
 
 TINY = [
@@ -243,6 +243,30 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
         pass
 
 
+def alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code``, run by an interpreter of its own that is told of no OpenGL but what ``environment`` says."""
+    own = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    own |= {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]), **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own, timeout=300)
+
+
+def test_images_with_osmesa() -> None:
+    osmesa = {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}
+    if alone(gl.DRAW, **osmesa).returncode != 0:
+        pytest.skip("has no OSMesa")
+    code = f"""
+from dppo_fast.envs import EnvConfig, make_env
+if __name__ == "__main__":
+    env = make_env(EnvConfig("lift", 1, 4, options={json.dumps(IMAGES)}), "cpu", 0)
+    picture = env.reset()["rgb"].float()
+    print(tuple(picture.shape), bool(picture.std() > 5), env.render(0).std() > 5)
+    env.close()
+"""
+    found = alone(code, MUJOCO_GL="osmesa")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split("\n")[0] == "(1, 1, 6, 48, 64) True True"
+
+
 def test_without_opengl_there_are_states_but_no_images() -> None:
     """In a process of its own, as OpenGL is chosen once; nothing is drawn in it but by robosuite."""
     code = f"""
@@ -261,9 +285,7 @@ if __name__ == "__main__":
         print(tuple(env.reset()["state"].shape))
         env.close()
 """
-    environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
-    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *sys.path])
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    found = alone(code)
     lines = found.stdout.splitlines()
     assert "cannot be drawn without a screen: found neither EGL nor OSMesa" in lines[0], found.stderr
     assert lines[1] == "(1, 1, 19)", found.stderr
