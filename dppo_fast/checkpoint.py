@@ -207,12 +207,13 @@ def find(path: str | Path, which: str = "latest") -> Path:
     return found[-back]
 
 
-def prune(run: Path, keep: int, keep_every: int) -> list[int]:
+def prune(run: Path, iteration: int, keep: int, keep_every: int) -> list[int]:
     """Delete all but the newest ``keep`` checkpoints and those of every ``keep_every``-th iteration (0: none); returns
-    the iterations of those that stay.
+    the iterations of those that stay. ``iteration`` is the newest: any after it are of a run that was not gone on with.
     """
     found = _numbered(run)
-    stay = [i for i in found if i in list(found)[-keep:] or (keep_every and i % keep_every == 0)]
+    own = [i for i in found if i <= iteration]
+    stay = [i for i in own if i in own[-keep:] or (keep_every and i % keep_every == 0)]
     for iteration in found.keys() - stay:
         found[iteration].unlink()
     return stay

@@ -71,8 +71,9 @@ def train(node: DictConfig) -> None:
         tracing(trainer.timer, run / "trace", traced, trainer.next_row),
         StopRequest() as stop,
     ):
-        with atomic_write(run / "config.yaml") as file:
-            file.write(OmegaConf.to_yaml(OmegaConf.create(content)).encode())
+        if trainer.iteration < config.train.n_train_itr:
+            with atomic_write(run / "config.yaml") as file:
+                file.write(OmegaConf.to_yaml(OmegaConf.create(content)).encode())
         try:
             trainer.train(log, stop)
             if trainer.iteration < config.train.n_train_itr:

@@ -227,7 +227,7 @@ class Trainer:
         }
         weights = {name: module.state_dict() for name, module in self.algorithm.modules().items()}
         Checkpoint(weights, state, self.run_config, self.iteration, self.algorithm.deployed).save(path)
-        kept = prune(self.run, self.config.keep_checkpoints, self.config.save_model_freq)
+        kept = prune(self.run, self.iteration, self.config.keep_checkpoints, self.config.save_model_freq)
         if self.journal is not None:
             self.journal.prune(kept)
         return path

@@ -181,9 +181,9 @@ def test_runs_know_their_checkpoints(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert find(tmp_path) == checkpoint_path(tmp_path, 1_000_000)
     assert find(tmp_path, "previous") == checkpoint_path(tmp_path, 10)
-    prune(tmp_path, keep=1, keep_every=10)
+    prune(tmp_path, 1_000_000, keep=1, keep_every=10)
     assert checkpoints(tmp_path) == [checkpoint_path(tmp_path, i) for i in (0, 10, 1_000_000)]
-    prune(tmp_path, keep=1, keep_every=0)
+    prune(tmp_path, 1_000_000, keep=1, keep_every=0)
     assert checkpoints(tmp_path) == [checkpoint_path(tmp_path, 1_000_000)]
     with pytest.raises(CheckpointError, match="the previous one is not there"):
         find(tmp_path, "previous")
@@ -361,3 +361,11 @@ def test_another_task_s_checkpoint_is_named(
 def test_a_file_of_the_reference_tells_no_dims(tmp_path: Path) -> None:
     torch.save({"itr": 9, "model": below("network", linear(1.0))}, tmp_path / "state.pt")
     load_policy_weights(tmp_path / "state.pt").require_dims({"state": (1, 1)}, 1)
+
+
+def test_checkpoints_after_the_newest_are_those_of_a_run_that_was_given_up(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    for iteration in (8, 10, 11, 12, 20):
+        checkpoint_path(tmp_path, iteration).touch()
+    assert prune(tmp_path, 11, keep=2, keep_every=20) == [10, 11]  # resumed from 10, and 11 is the first it wrote
+    assert checkpoints(tmp_path) == [checkpoint_path(tmp_path, i) for i in (10, 11)]

@@ -83,7 +83,7 @@ def test_files_between_the_checkpoints_that_stay_for_good_are_deleted(tmp_path: 
         replay.add(transitions(5, 5 * iteration))
         checkpoint_path(run, iteration).touch()
         files = journal.save(iteration)
-        kept = prune(run, keep=2, keep_every=100)
+        kept = prune(run, iteration, keep=2, keep_every=100)
         journal.prune(kept)
         if iteration in (0, 100, 200, 299, 300):
             expected[iteration] = files, replay.gather(torch.arange(len(replay))), replay.head

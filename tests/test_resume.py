@@ -148,8 +148,10 @@ def test_a_run_can_be_prolonged(
 def test_resuming_a_finished_run_changes_nothing(whole: Callable[[str], Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole("dppo-envpool"), run)
-    assert train(f"resume={run}") == 0
+    settings = (run / "config.yaml").read_bytes()
+    assert train(f"resume={run}", "algorithm.actor_lr=1e-5") == 0
     assert_same_runs(run, whole("dppo-envpool"))
+    assert (run / "config.yaml").read_bytes() == settings
 
 
 @pytest.mark.parametrize("moment", [COLLECT, UPDATE])
