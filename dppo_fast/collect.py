@@ -67,11 +67,11 @@ class CollectConfig:
 def collect(config: CollectConfig) -> dict[str, float]:
     """Record, write both files and return what ``Trajectories.describe`` says of the data."""
     import torch
-    from rich.progress import Progress
 
     from dppo_fast.build import pick_device
     from dppo_fast.data.trajectories import TrajectoryRecorder
     from dppo_fast.runtime.files import require_free
+    from dppo_fast.runtime.progress import progress
 
     out = Path(config.out)
     require_free(out / "train.npz")
@@ -85,8 +85,7 @@ def collect(config: CollectConfig) -> dict[str, float]:
     obs = env.reset()
     first = torch.ones(config.num_envs, dtype=torch.bool, device=obs["state"].device)
     kept = recorded = 0
-    with Progress(transient=True) as progress:
-        task = progress.add_task("recording", total=config.steps)
+    with progress("recording", config.steps) as recording:
         while kept < config.steps:
             if recorded >= config.max_steps:
                 raise UserError(
@@ -107,7 +106,7 @@ def collect(config: CollectConfig) -> dict[str, float]:
                     kept += len(episode.rewards)
             obs = step.obs
             recorded += config.num_envs
-            progress.update(task, completed=min(kept, config.steps))
+            recording(min(kept, config.steps))
     env.close()
     trajectories, normalization = recorder.to_trajectories(config.min_return, config.max_return)
     trajectories.save(out / "train.npz")

@@ -28,7 +28,6 @@ from dppo_fast.types import UserError, require_ranges
 
 if TYPE_CHECKING:
     import torch
-    from rich.progress import Progress, TaskID
 
     from dppo_fast.build import LoadedPolicy
     from dppo_fast.evaluator import Episodes
@@ -120,13 +119,13 @@ def success_rate(success: NDArray[np.bool_]) -> Estimate:
 def evaluate(config: EvaluateConfig, run: Mapping[str, Any] | None = None) -> list[Result]:
     """Evaluate, print a table and write the files; ``run`` configures the run that the reference's files are of."""
     import torch
-    from rich.progress import Progress
 
     from dppo_fast.build import env_config, pick_device
     from dppo_fast.config import choose, naming
     from dppo_fast.evaluator import Evaluator
     from dppo_fast.policies.diffusion import DiffusionPolicy
     from dppo_fast.runtime.gl import headless_gl
+    from dppo_fast.runtime.progress import progress
     from dppo_fast.types import VecEnv
     from dppo_fast.video import Filmed
 
@@ -145,33 +144,28 @@ def evaluate(config: EvaluateConfig, run: Mapping[str, Any] | None = None) -> li
 
     results: list[Result] = []
     first: dict[tuple[str, str], NDArray[np.float64]] = {}
-    with Progress(transient=True) as progress:
-        for (number, (checkpoint, loaded)), deterministic in product(enumerate(policies.items(), start=1), modes):
-            policy, task, env = loaded.policy, loaded.config.task, env_config(loaded.config, normalized=True).id
-            mode = "deterministic" if deterministic else "stochastic"
-            bar = progress.add_task(f"{checkpoint}, {mode}", total=config.episodes)
-            evaluator = Evaluator(
-                partial(make_env, loaded, f"{number}_{mode}"),
-                config.seed,
-                task.best_reward_threshold_for_success,
-                task.sparse_reward,
-                deterministic,
-                config.episodes,
-            )
-            episodes = evaluator.run(loaded.actor, partial(_advance, progress, bar))
-            S, F = (policy.schedule.steps, policy.ft_steps) if isinstance(policy, DiffusionPolicy) else (None, None)
-            before = first.setdefault((env, mode), episodes.returns)
-            change = None if before is episodes.returns else bootstrap(episodes.returns - before)
-            estimates = success_rate(episodes.success), bootstrap(episodes.returns)
-            results.append(Result(checkpoint, loaded.source, env, mode, S, F, episodes, *estimates, change))
+    for (number, (checkpoint, loaded)), deterministic in product(enumerate(policies.items(), start=1), modes):
+        policy, task, env = loaded.policy, loaded.config.task, env_config(loaded.config, normalized=True).id
+        mode = "deterministic" if deterministic else "stochastic"
+        evaluator = Evaluator(
+            partial(make_env, loaded, f"{number}_{mode}"),
+            config.seed,
+            task.best_reward_threshold_for_success,
+            task.sparse_reward,
+            deterministic,
+            config.episodes,
+        )
+        with progress(f"{checkpoint}, {mode}, episodes", config.episodes) as done:
+            episodes = evaluator.run(loaded.actor, done)
+        S, F = (policy.schedule.steps, policy.ft_steps) if isinstance(policy, DiffusionPolicy) else (None, None)
+        before = first.setdefault((env, mode), episodes.returns)
+        change = None if before is episodes.returns else bootstrap(episodes.returns - before)
+        estimates = success_rate(episodes.success), bootstrap(episodes.returns)
+        results.append(Result(checkpoint, loaded.source, env, mode, S, F, episodes, *estimates, change))
     _write(out, config, results)
     _print(results)
     print(*(f"  {file}" for file in sorted(out.rglob("*.*"))), sep="\n")
     return results
-
-
-def _advance(progress: Progress, bar: TaskID, done: int) -> None:
-    progress.update(bar, completed=done)
 
 
 def _named(checkpoint: Any, run: Mapping[str, Any] | None) -> list[str]:

@@ -19,6 +19,7 @@ PACKAGE = Path(dppo_fast.__file__).parent
 ALLOWED = {
     "types": "torch",
     "runtime": "types torch",
+    "runtime.progress": "rich",
     "kernels": "runtime.native torch triton",
     "diffusion": "kernels runtime types torch",
     "networks": "kernels types torch",
@@ -38,7 +39,7 @@ ALLOWED = {
     "journal": "checkpoint replay",
     "data": "envs.normalize runtime types torch numpy",
     "data.transitions": "data.trajectories replay types torch numpy",
-    "data.convert": "cli config data.pickles data.trajectories envs.normalize runtime types numpy omegaconf rich PIL",
+    "data.convert": "cli config data.pickles data.trajectories envs.normalize runtime types numpy omegaconf PIL",
     "data.convert.hdf5": "data.convert types numpy",
     "data.inspect": "cli data.trajectories runtime types matplotlib numpy omegaconf",
     "data.scripted.avoid": "envs.avoid_task types numpy",

@@ -24,6 +24,7 @@ from dppo_fast.config import naming
 from dppo_fast.data.trajectories import Trajectories
 from dppo_fast.envs.normalize import MinMax
 from dppo_fast.runtime.files import atomic_write
+from dppo_fast.runtime.progress import progress
 from dppo_fast.types import UserError
 
 Array = NDArray[Any]
@@ -116,14 +117,11 @@ def _write(stream: Stream, file: IO[bytes]) -> tuple[Trajectories, MinMax | None
 
 def _gather(stream: Stream, archive: zipfile.ZipFile) -> dict[str, Array]:
     """The low-dimensional columns; images go to the archive."""
-    from rich.progress import Progress
-
     columns: dict[str, list[Array]] = defaultdict(list)
     lengths: list[int] = []
-    images, shape = None, None
+    images, shape, done = None, None, 0
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(transient=True))
-        task = progress.add_task("converting", total=stream.steps)
+        converted = stack.enter_context(progress("converting", stream.steps))
         for block in stream.blocks:
             for key in ("states", "actions", "rewards", "terminals"):
                 if (column := getattr(block, key)) is not None:
@@ -139,7 +137,8 @@ def _gather(stream: Stream, archive: zipfile.ZipFile) -> dict[str, Array]:
             if block.starts:
                 lengths.append(0)
             lengths[-1] += len(block.states)
-            progress.update(task, advance=len(block.states))
+            done += len(block.states)
+            converted(done)
     if sum(lengths) != stream.steps:
         raise UserError(f"it says that it has {stream.steps} steps, and has {sum(lengths)}; copy it or make it again")
     if not lengths:
