@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field, is_dataclass, make_dataclass
@@ -156,4 +157,6 @@ def _explain(error: OmegaConfBaseException, key: str, known: list[str]) -> str:
     full, reason = _join(key, error.full_key), str(error).splitlines()[0]
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return f"{full} is unknown{did_you_mean(str(error.key), known) or '; choose one of ' + ', '.join(known)}"
+    if access := re.search(r"trying to access (.+): node `(.+)` is not a container", reason):
+        return f"{access[2]} must be a group of keys: {full} follows from {access[1]}"
     return f"{full}: {reason}"

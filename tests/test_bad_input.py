@@ -165,6 +165,7 @@ def test_defaults_that_are_no_list(
         # kinds of value
         (FINETUNE, "algorithm.gamma=abc", "algorithm.gamma: Value 'abc' .* Float"),
         (FINETUNE, "algorithm.gamma=${{eval:1/2}}", "algorithm.gamma: Unsupported interpolation type eval"),
+        (FINETUNE, "data=null", "data must be a group of keys: env.normalization follows from data.folder"),
         (FINETUNE, "seed=abc", "seed: Value 'abc' .* Integer"),
         (FINETUNE, "env.num_envs=abc", "env.num_envs: Value 'abc' .* Integer"),
         (FINETUNE, "policy.options.predict_epsilon=maybe", "policy.options.predict_epsilon: Value 'maybe' .* bool"),
