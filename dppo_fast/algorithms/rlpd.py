@@ -21,14 +21,20 @@ TARGET_CRITICS = 2
 
 @dataclass(frozen=True)
 class RLPDConfig(MaxEntropyConfig):
-    """``critic_num_update``: steps of the critics per collected transition, for one of the actor."""
+    """After every ``update_freq`` collected transitions the critics take ``critic_num_update`` steps, the actor one."""
 
     n_critics: int = 10
     critic_num_update: int = 20
+    update_freq: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ranges = {"n_critics": f"[{TARGET_CRITICS}, inf)", "critic_num_update": "[1, inf)", "batch_size": "[2, inf)"}
+        ranges = {
+            "n_critics": f"[{TARGET_CRITICS}, inf)",
+            "critic_num_update": "[1, inf)",
+            "update_freq": "[1, inf)",
+            "batch_size": "[2, inf)",
+        }
         require_ranges(self, "algorithm", ranges)
 
 
@@ -47,7 +53,7 @@ class RLPD(MaxEntropy):
 
     @property
     def steps_per_decision(self) -> float:
-        return self.config.critic_num_update
+        return self.config.critic_num_update / self.config.update_freq
 
     def actor_steps(self, step: int) -> int:
         return 1 if (step + 1) % self.config.critic_num_update == 0 else 0

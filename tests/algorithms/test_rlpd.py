@@ -125,5 +125,11 @@ def test_actor_learns_once_after_all_of_the_critics_steps() -> None:
     assert due[:5] == [("critic",)] * 4 + [("critic", "actor")]
 
 
+def test_all_wait_for_update_freq_transitions() -> None:
+    algorithm = rlpd(critic_num_update=2, update_freq=8)
+    due = [algorithm.due(0, step) for step in algorithm.steps(0)]
+    assert due == [("critic",), ("critic", "actor")] * (8 * 4 // 8)
+
+
 def test_gradient_steps_can_be_captured() -> None:
     check_capturable(rlpd())
