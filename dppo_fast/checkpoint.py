@@ -214,8 +214,8 @@ def prune(run: Path, iteration: int, keep: int, keep_every: int) -> list[int]:
     found = _numbered(run)
     own = [i for i in found if i <= iteration]
     stay = [i for i in own if i in own[-keep:] or (keep_every and i % keep_every == 0)]
-    for iteration in found.keys() - stay:
-        found[iteration].unlink()
+    for i in found.keys() - stay:
+        found[i].unlink()
     return stay
 
 
