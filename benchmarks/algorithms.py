@@ -3,9 +3,10 @@
     python -m benchmarks.algorithms run --algorithm dql --seed 0 --out runs/algorithms/dql0
     python -m benchmarks.algorithms report runs/algorithms/*
 
-``run`` trains for ENV_STEPS and evaluates every EVALUATE_EVERY over 40 deterministic episodes; ``report`` writes a
-table (CSV) and a figure (PNG) of any number of runs to `benchmarks/results/`. Diffusion policies start from the shipped
-one; RLPD and Cal-QL from random weights and the shipped demonstrations, on which IBRL's policy has to be trained first:
+``run`` trains for ENV_STEPS and evaluates every EVALUATE_EVERY over 40 deterministic episodes; ``report`` puts any
+number of runs into the table (CSV) in `benchmarks/results/`, in place of those of the same algorithm and seed, and
+draws the figure (PNG) of all. Diffusion policies start from the shipped one; RLPD and Cal-QL from random weights and
+the shipped demonstrations, on which IBRL's policy has to be trained first:
 
     python -m dppo_fast.train cfg=gym/pretrain/hopper-medium-v2/pre_gaussian_mlp logdir=runs/algorithms/pretrained
 
@@ -29,7 +30,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from benchmarks.report import write_csv
+from benchmarks.report import read_csv, write_csv
 from dppo_fast.cli import guarded
 from dppo_fast.log import read_metrics
 from dppo_fast.runtime.files import atomic_write
@@ -99,12 +100,12 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder tells: its evaluation returns and their stds by env step, and what it took."""
+    """Its evaluation returns by env step, the last one's std over episodes, and what it took."""
 
     algorithm: str
     seed: int
     returns: Mapping[int, float]
-    stds: Mapping[int, float]
+    std: float | None
     minutes: float
 
     @classmethod
@@ -115,18 +116,24 @@ class Run:
         config = OmegaConf.load(folder / "config.yaml")
         rows = read_metrics(folder / "metrics.jsonl")
         evaluations = {int(row.get("env_steps", 0)): row for row in rows if "eval/return" in row}
-        returns, stds = (
-            {at: row[key] for at, row in evaluations.items()} for key in ("eval/return", "eval/return_std")
-        )
+        returns = {at: evaluations[at]["eval/return"] for at in EVALUATIONS if at in evaluations}
+        std = evaluations[ENV_STEPS]["eval/return_std"] if ENV_STEPS in evaluations else None
         seconds = sum(value for row in rows for key, value in row.items() if key.startswith("time/"))
         if config.algorithm.name not in METHODS:
             raise UserError(f"{folder}: algorithm.name={config.algorithm.name} is none of {', '.join(METHODS)}")
-        return cls(config.algorithm.name, config.seed, returns, stds, seconds / 60)
+        return cls(config.algorithm.name, config.seed, returns, std, seconds / 60)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, str]) -> Run:
+        """The inverse of ``row``."""
+        returns = {at: float(row[f"return_{at}"]) for at in EVALUATIONS if row[f"return_{at}"]}
+        std = float(text) if (text := row[f"std_{ENV_STEPS}"]) else None
+        return cls(row["algorithm"], int(row["seed"]), returns, std, float(row["minutes"]))
 
     def row(self) -> dict[str, Any]:
         """Of the table; what is still to come is empty."""
         returns = {f"return_{at}": self.returns.get(at, "") for at in EVALUATIONS}
-        std = {f"std_{ENV_STEPS}": self.stds.get(ENV_STEPS, "")}
+        std = {f"std_{ENV_STEPS}": "" if self.std is None else self.std}
         first = {"algorithm": self.algorithm, "seed": self.seed, "start": METHODS[self.algorithm].start}
         return first | returns | std | {"minutes": self.minutes}
 
@@ -161,9 +168,12 @@ def points(run: Run) -> tuple[Any, Any]:
 
 def report(folders: Sequence[Path], results: Path) -> None:
     """``algorithms.csv`` and ``algorithms.png``, in the order of METHODS; IBRL's pre-training is passed over."""
-    runs = [Run.read(folder) for folder in folders if folder.name != "pretrained"]
-    runs.sort(key=lambda run: (list(METHODS).index(run.algorithm), run.seed))
-    write_csv((run.row() for run in runs), {}, results / "algorithms.csv")
+    table = results / "algorithms.csv"
+    known = [Run.from_row(row) for row in read_csv(table)] if table.is_file() else []
+    new = [Run.read(folder) for folder in folders if folder.name != "pretrained"]
+    latest = {(list(METHODS).index(run.algorithm), run.seed): run for run in [*known, *new]}
+    runs = [latest[key] for key in sorted(latest)]
+    write_csv((run.row() for run in runs), {}, table)
     draw(runs, results / "algorithms.png")
 
 

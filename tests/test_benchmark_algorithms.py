@@ -46,17 +46,20 @@ def test_all_take_equally_many_env_steps_and_evaluations(name: str, tmp_path: Pa
 
 
 def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
-    """Rows without env steps are those before the first; the last evaluation there is the one to start from."""
+    """Rows without env steps are those before the first; the last evaluation there is the one to start from.
+
+    Evaluations between those of the table are left out.
+    """
     rows = [
         {"env_steps": 0, "eval/return": 1.0, "eval/return_std": 0.1},
         {"eval/return": 2.0, "eval/return_std": 0.2},
-        {"env_steps": 20_000},
+        {"env_steps": 20_000, "eval/return": 2.5, "eval/return_std": 0.25},
         {"env_steps": 40_000, "eval/return": 3.0, "eval/return_std": 0.3},
     ]
     run = Run.read(write_run(tmp_path / "run", "calql", 7, rows))
     assert (run.algorithm, run.seed, run.minutes) == ("calql", 7, 2.0)
     assert run.returns == {0: 2.0, 40_000: 3.0}
-    assert run.stds == {0: 0.2, 40_000: 0.3}
+    assert run.std is None
 
 
 def test_table_and_figure(tmp_path: Path) -> None:
@@ -68,7 +71,22 @@ def test_table_and_figure(tmp_path: Path) -> None:
     table = read_csv(tmp_path / "algorithms.csv")
     assert [row["algorithm"] + row["seed"] for row in table] == ["dppo0", "awr0", "sac0", "sac1"]
     assert (table[0]["return_0"], table[0]["return_80000"], table[0]["return_200000"]) == ("1", "", "200001")
+    assert table[0]["std_200000"] == "5"
     assert (tmp_path / "algorithms.png").stat().st_size > 10_000
+
+
+def test_a_report_keeps_the_runs_that_are_not_given(tmp_path: Path) -> None:
+    def report(algorithm: str, seed: int, value: float) -> list[tuple[str, str, str]]:
+        rows = [{"env_steps": 0, "eval/return": value, "eval/return_std": 5.0}]
+        folder = write_run(tmp_path / f"{algorithm}{seed}{value}", algorithm, seed, rows)
+        assert main(["report", str(folder), "--results", str(tmp_path)]) == 0
+        table = read_csv(tmp_path / "algorithms.csv")
+        return [(row["algorithm"], row["seed"], row["return_0"]) for row in table]
+
+    report("sac", 1, 1.5)
+    report("dppo", 0, 2.5)
+    assert report("sac", 0, 3.5) == [("dppo", "0", "2.5"), ("sac", "0", "3.5"), ("sac", "1", "1.5")]
+    assert report("sac", 1, 4.5)[1:] == [("sac", "0", "3.5"), ("sac", "1", "4.5")]
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
