@@ -58,13 +58,19 @@ def test_files_do_not_pile_up(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) <= 12
 
 
-def test_pruning_keeps_what_an_older_checkpoint_needs(tmp_path: Path) -> None:
+def twenty_saves(folder: Path) -> tuple[ReplayBuffer, Journal, list[list[str]]]:
+    """Of a buffer of 10 after every 5 transitions, with the files of each."""
     replay = ReplayBuffer(10)
-    journal = Journal(tmp_path, replay)
+    journal = Journal(folder, replay)
     lists = []
     for iteration in range(20):
         replay.add(transitions(5, 5 * iteration))
         lists.append(journal.save(iteration))
+    return replay, journal, lists
+
+
+def test_pruning_keeps_what_an_older_checkpoint_needs(tmp_path: Path) -> None:
+    _, journal, lists = twenty_saves(tmp_path)
     journal.prune([3, 11, 18, 19])
     for iteration in (3, 11, 18, 19):
         Journal(tmp_path, ReplayBuffer(10)).load(lists[iteration])
@@ -101,12 +107,7 @@ def test_files_between_the_checkpoints_that_stay_for_good_are_deleted(tmp_path: 
 
 def test_files_that_later_checkpoints_go_on_from_stay(tmp_path: Path) -> None:
     """Where an older checkpoint was resumed from, and newer ones are there still."""
-    replay = ReplayBuffer(10)
-    journal = Journal(tmp_path, replay)
-    lists = []
-    for iteration in range(20):
-        replay.add(transitions(5, 5 * iteration))
-        lists.append(journal.save(iteration))
+    replay, journal, lists = twenty_saves(tmp_path)
     journal.load(lists[4])
     replay.add(transitions(1, 25))
     files = journal.save(5)
