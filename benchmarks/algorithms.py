@@ -12,7 +12,7 @@ the shipped demonstrations, on which IBRL's policy has to be trained first:
 
 Nothing is tuned. An iteration of the diffusion policies' configurations is 80,000 env steps; here it is shorter, so
 that ENV_STEPS are a whole number of them, and so that critics that warm up for 5 iterations leave the actor some.
-RLPD, Cal-QL and IBRL take fewer gradient steps than the authors' (RARE), with which a core takes 5 to 36 hours.
+RLPD, Cal-QL and IBRL take fewer gradient steps than the authors' (RARE), with which a core takes 3 to 25 hours.
 """
 
 from __future__ import annotations
